@@ -1,0 +1,109 @@
+"""Measurements: what is measured on a subject. One module or package each, found by scanning.
+
+A measurement module is torch-free at import and offers ``MEASUREMENT``. Adding one edits no
+existing file: the manifest schema is made from its options, the report from the form of its
+records (``items`` -> accuracy table, ``ratio`` metrics -> latency table, else scalar table).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from repro.errors import BadInput, Fault, near_matches
+from repro.method import Artifact, Method, Patch
+
+if TYPE_CHECKING:
+    from repro.subjects import Subject, SubjectInfo
+
+
+class ItemStore(Protocol):
+    """Per-cell store of finished items; a batch is the unit of storing and resuming."""
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return the stored value of an item, or None."""
+
+    def put(self, batch: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Append one finished batch of (item key, JSON-able value)."""
+
+
+@dataclass
+class CellContext:
+    """Everything that a measurement may use to run one cell.
+
+    ``method`` is None for the dense cell. ``options`` is one dict of ``Measurement.expand``.
+    ``progress(done, total)`` feeds the live display.
+    """
+
+    subject: Subject
+    method: Method | None
+    config: Any
+    artifact: Artifact | None
+    options: Mapping[str, Any]
+    seed: int
+    items: ItemStore
+    progress: Callable[[int, int], None]
+
+    def patch(self) -> AbstractContextManager[Patch]:
+        """Return the method's ``apply`` context, or an inert one for the dense cell."""
+        if self.method is None:
+            return nullcontext(Patch())
+        return self.method.apply(self.subject, self.config, self.artifact)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The contract of a measurement.
+
+    Attributes:
+        name: Module name.
+        options: Frozen dataclass (standard library types only) of the manifest's options; raises
+            ValueError ``<field> must be <rule>, got <value>`` in ``__post_init__``.
+        expand: Options -> one JSON-able dict per cell. A key ``length`` (tokens) is checked
+            against the subject's positions and orders cells for "implied" outcomes.
+        run: Runs one cell and returns the record's body: ``metrics`` (name -> ``{"value", "low",
+            "high", "n", "unit"}``, the absent ones None), and where they apply ``patch`` (the
+            ``Patch.stats()``), ``items`` (columns of equal length: ``keys``, ``scores``, and any
+            other per-item column such as ``depth``), ``raw`` (raw timings), ``explanation``.
+        paired: True if ``run`` itself measures dense against the method (no dense cell planned).
+        needs_training: True if scores are meaningless on random weights.
+        kinds: Subject kinds it applies to.
+        libraries: Distributions whose versions take part in the cell key.
+        estimate_seconds: (cell options, subject info) -> rough seconds on 2 CPU cores.
+    """
+
+    name: str
+    options: type
+    expand: Callable[[Any], list[dict[str, Any]]]
+    run: Callable[[CellContext], dict[str, Any]]
+    paired: bool = False
+    needs_training: bool = False
+    kinds: tuple[str, ...] = ("llm",)
+    libraries: tuple[str, ...] = ()
+    estimate_seconds: Callable[[Mapping[str, Any], SubjectInfo], float] = lambda options, info: 10.0
+
+
+def names() -> list[str]:
+    """Return the names of all measurements."""
+    return sorted(
+        module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")
+    )
+
+
+def get(name: str) -> Measurement:
+    """Return a measurement by name.
+
+    Raises:
+        BadInput: If there is none of that name; lists near matches.
+    """
+    if name not in names():
+        raise BadInput(
+            Fault(
+                "measurements", "a measurement", "a known name", name, near_matches(name, names())
+            )
+        )
+    return importlib.import_module(f"{__name__}.{name}").MEASUREMENT

@@ -1,0 +1,19 @@
+"""Shared fixtures. Triton kernels run under the interpreter on the CPU."""
+
+import os
+
+# Before any kernel module is imported: the switch is read when a kernel is decorated.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture
+def nan_filled_empty():
+    """Make ``torch.empty`` return NaN (integers: maximum), which exposes unwritten outputs."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
