@@ -82,6 +82,7 @@ def capture(device: str | None = None) -> dict[str, Any]:
 
     device_type = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     cpu, threads = cpu_name(), torch.get_num_threads()
+    memory: int | None
     if device_type == "cuda":
         name = torch.cuda.get_device_name(device)
         memory = torch.cuda.get_device_properties(device or 0).total_memory
