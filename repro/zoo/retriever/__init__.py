@@ -1,0 +1,1 @@
+"""The retriever: a small Llama that really retrieves, with the recipe that trained it."""
