@@ -1,0 +1,134 @@
+"""RULER (arXiv:2404.06654): the 13 long-context tasks, run through lm-eval, greedy decoding.
+
+A cell is one task at one length. Items are made offline from their seed (``source: embedded``) or
+by lm-eval's own generators (``source: hub``) and kept in a cache; generations are stored batch by
+batch, and scores are computed from what is stored at every reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from repro.errors import BadInput, Fault, UnsupportedCombination
+from repro.measurements import CellContext, Measurement
+from repro.measurements.ruler.options import RulerOptions, estimate_seconds, expand
+
+#: Items are kept here by the hash of all that they depend on; the folder may be deleted any time.
+CACHE_DIR = Path("runs") / "cache" / "ruler"
+
+
+def run(context: CellContext) -> dict[str, Any]:
+    """Run one cell: its items through lm-eval, stored batch by batch, then scored.
+
+    Raises:
+        BadInput: If a prompt does not fit the model, or the task does not fit the length.
+        MissingResource: If ``source: hub`` cannot fetch its packages or data.
+        FloatingPointError: If the model gave NaN.
+        UnsupportedCombination: If the subject has no tokenizer.
+    """
+    from repro.measurements.ruler.engine import StoredLM
+    from repro.measurements.ruler.harness import run_task
+
+    options = context.options
+    if context.subject.tokenizer is None:
+        raise UnsupportedCombination(f"ruler: {context.subject.name} has no tokenizer")
+    loaded, documents = _load(context)
+    model = StoredLM(
+        context,
+        batch_size=options["batch_size"],
+        max_new_tokens=options["max_new_tokens"],
+    )
+    samples = run_task(model, loaded, chat_template=options["chat_template"])
+    body: dict[str, Any] = {
+        "metrics": _metrics(samples, [model.generations[d["key"]] for d in documents]),
+        "items": {
+            "keys": [document["key"] for document in documents],
+            "scores": [float(sample["score"]) for sample in samples],
+            "depth": [document["depth"] for document in documents],
+            "new_tokens": [model.generations[d["key"]]["new_tokens"] for d in documents],
+            "length": [options["length"]] * len(documents),
+        },
+    }
+    if model.stats:
+        body["patch"] = model.stats
+    return body
+
+
+def _load(context: CellContext) -> tuple[Any, list[dict[str, Any]]]:
+    """Return lm-eval's loaded task and the documents of the cell, by source."""
+    options, tokenizer = context.options, context.subject.tokenizer
+    wanted = {
+        "length": options["length"],
+        "count": options["samples"],
+        "seed": context.seed,
+        "tokenizer": tokenizer,
+        "cache_dir": CACHE_DIR,
+    }
+    if options["source"] == "hub":
+        from repro.measurements.ruler import hub
+
+        return hub.load(options["task"], **wanted)
+
+    from repro.measurements.ruler import harness
+    from repro.measurements.ruler.generate import generate_items
+    from repro.measurements.ruler.tasks import TASKS
+
+    try:
+        items = generate_items(options["task"], split="evaluation", **wanted)
+    except ValueError as error:
+        rule = f"long enough for {options['task']} with this tokenizer"
+        fault = Fault("ruler", "lengths", rule, options["length"], str(error))
+        raise BadInput(fault) from error
+    documents = [
+        {
+            "key": item.key,
+            "metric": TASKS[item.task].metric,
+            "input": item.prompt,
+            "outputs": list(item.answers),
+            "depth": item.depth,
+        }
+        for item in items
+    ]
+    overrides = {"custom_dataset": harness.dataset_of(documents)}
+    return harness.load_task(harness.OWN_TASKS, "repro_ruler", overrides), documents
+
+
+def _metrics(
+    samples: list[dict[str, Any]], generations: list[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return every score of lm-eval's samples in percent, and the mean length of an answer."""
+    from repro.statistics import mean_interval
+
+    metrics: dict[str, dict[str, Any]] = {}
+    for name in ("score", "score_lm_eval"):
+        if name in samples[0]:
+            interval = mean_interval([float(sample[name]) for sample in samples]).scaled(100)
+            metrics[name] = {
+                "value": interval.value,
+                "low": interval.low,
+                "high": interval.high,
+                "n": interval.n,
+                "unit": "%",
+            }
+    counts = [generation["new_tokens"] for generation in generations]
+    metrics["new_tokens"] = {
+        "value": sum(counts) / len(counts),
+        "low": None,
+        "high": None,
+        "n": len(counts),
+        "unit": "tokens",
+    }
+    return metrics
+
+
+MEASUREMENT = Measurement(
+    name="ruler",
+    options=RulerOptions,
+    expand=expand,
+    run=run,
+    needs_training=True,
+    libraries=("lm-eval", "transformers"),
+    estimate_seconds=estimate_seconds,
+)
