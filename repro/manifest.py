@@ -1,0 +1,550 @@
+"""Manifests: which subjects x methods x measurements, per profile; checked whole, all faults at once.
+
+    paper: xattention
+    profiles:
+      embedded:
+        subjects: [zoo:retriever]
+        methods:
+          - dense: {reruns: 1}
+          - xattention: {threshold: 0.9, sweep: {stride: [8, 16]}}
+        measurements:
+          - ruler: {tasks: all, lengths: [1024, 4096], samples: 20}
+
+An entry is a name or ``{name: {options}}``. ``sweep`` is the only place where a list means a grid.
+``dense`` is added where it is missing; its ``reruns`` repeat the dense cells as the noise floor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from repro import measurements, registry, subjects, yamlfile
+from repro.errors import BadInput, Fault, MissingResource, near_matches
+from repro.keys import canonical_json, jsonable
+from repro.measurements import Measurement
+from repro.subjects import SubjectInfo
+from repro.yamlfile import Location, YamlFile, dotted
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # profile and paper names become file names
+_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseOptions:
+    """Options of the dense entry.
+
+    Attributes:
+        reruns: How often the dense cells are run again, as the noise floor.
+    """
+
+    reruns: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.reruns <= 10:
+            raise ValueError(f"reruns must be in [0, 10], got {self.reruns}")
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """One configuration of a method; ``dense`` has an empty configuration.
+
+    Attributes:
+        shown: Fields that a label shows: swept ones and those that differ from the default.
+        config_object: The validated dataclass, None for dense.
+    """
+
+    slug: str
+    config: dict[str, Any]
+    shown: tuple[str, ...] = ()
+    reruns: int = 0
+    config_object: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class MeasurementEntry:
+    """One measurement with its options and the cells that they expand to."""
+
+    name: str
+    options: dict[str, Any]
+    cells: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One profile, resolved: every default filled in, every sweep unrolled."""
+
+    name: str
+    subjects: tuple[str, ...]
+    methods: tuple[MethodEntry, ...]
+    measurements: tuple[MeasurementEntry, ...]
+    seeds: tuple[int, ...] = (0,)
+    dtype: str = "bfloat16"
+    timeout_minutes: float = 60.0
+    resources: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked manifest.
+
+    Attributes:
+        path: As given by the user.
+        name: ``paper`` where given, else the file's stem; names the folder of the runs.
+        infos: Subject -> what is known of it without loading it.
+        missing: Subject -> what has to be fetched first, and how.
+    """
+
+    path: str
+    name: str
+    paper: str | None
+    profiles: dict[str, Profile]
+    infos: dict[str, SubjectInfo]
+    missing: dict[str, str]
+
+    def profile(self, name: str) -> Profile:
+        """Return a profile by name.
+
+        Raises:
+            BadInput: If there is none of that name.
+        """
+        if name not in self.profiles:
+            raise BadInput(
+                Fault(
+                    self.path, "--profile", "a known name", name, near_matches(name, self.profiles)
+                )
+            )
+        return self.profiles[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the resolved manifest, as it is kept beside the records."""
+        profiles = {
+            name: {
+                "subjects": list(profile.subjects),
+                "methods": [
+                    {"slug": entry.slug, "config": entry.config, "reruns": entry.reruns}
+                    for entry in profile.methods
+                ],
+                "measurements": [
+                    {"name": entry.name, "options": entry.options} for entry in profile.measurements
+                ],
+                "seeds": list(profile.seeds),
+                "dtype": profile.dtype,
+                "timeout_minutes": profile.timeout_minutes,
+                "resources": profile.resources,
+            }
+            for name, profile in self.profiles.items()
+        }
+        return {"path": self.path, "paper": self.paper, "profiles": profiles}
+
+
+class _Resources(BaseModel):
+    model_config = _STRICT
+    gpus: int = Field(0, ge=0, le=64)
+    gpu_memory_gib: float = Field(0.0, ge=0)
+    memory_gib: float = Field(0.0, ge=0)
+
+
+class _Profile(BaseModel):
+    model_config = _STRICT
+    subjects: list[str] = Field(min_length=1)
+    methods: list[Any] = Field(default_factory=list)
+    measurements: list[Any] = Field(min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    timeout_minutes: float = Field(60.0, gt=0)
+    resources: _Resources = _Resources()
+
+
+class _Top(BaseModel):
+    model_config = _STRICT
+    paper: str | None = None
+    profiles: dict[str, Any] = Field(min_length=1)
+
+
+def load(path: str | Path) -> Manifest:
+    """Read and check a manifest whole; nothing heavy is loaded.
+
+    Raises:
+        BadInput: With every fault of the file, each as ``<file>:<line>: <path> must be <rule>,
+            got <value>``.
+    """
+    return _Reader(yamlfile.load(path)).manifest()
+
+
+class _Reader:
+    """Checks one file and collects its faults."""
+
+    def __init__(self, file: YamlFile) -> None:
+        self.file = file
+        self.faults: list[Fault] = []
+        self.infos: dict[str, SubjectInfo] = {}
+        self.missing: dict[str, str] = {}
+
+    def manifest(self) -> Manifest:
+        data = self.file.data
+        if not isinstance(data, dict):
+            got = "an empty file" if data is None else type(data).__name__
+            raise BadInput(Fault(self.file.where(()), "the manifest", "a mapping", got))
+        self._check_scalars(data, ())
+        if self.faults:  # what follows relies on keys being text and numbers being finite
+            raise BadInput(self.faults)
+        self._validate(_Top, data, ())
+        paper = data.get("paper")
+        if isinstance(paper, str) and paper not in registry.slugs():
+            remedy = near_matches(paper, registry.slugs())
+            self._fault(("paper",), "a known method", paper, remedy)
+        raw_profiles = data.get("profiles")
+        profiles = {}
+        for name, raw in (raw_profiles if isinstance(raw_profiles, dict) else {}).items():
+            if not re.match(NAME_PATTERN, name):
+                self._fault(("profiles", name), "a plain word (letters, digits, - _ .)", name)
+            profile = self._profile(name, raw, ("profiles", name))
+            if profile is not None:
+                profiles[name] = profile
+        if self.faults:
+            raise BadInput(dict.fromkeys(self.faults))
+        return Manifest(
+            path=self.file.path,
+            name=paper or Path(self.file.path).stem,
+            paper=paper,
+            profiles=profiles,
+            infos=self.infos,
+            missing=self.missing,
+        )
+
+    def _profile(self, name: str, raw: Any, at: Location) -> Profile | None:
+        before = len(self.faults)
+        shape = self._validate(_Profile, raw, at)
+        if not isinstance(raw, dict):
+            return None
+        names = self._subjects(raw.get("subjects"), (*at, "subjects"))
+        methods = self._methods(raw.get("methods"), (*at, "methods"))
+        entries = self._measurements(raw.get("measurements"), (*at, "measurements"), names)
+        self._distinct(raw.get("seeds"), (*at, "seeds"), canonical_json)
+        if shape is None or len(self.faults) > before:
+            return None
+        return Profile(
+            name=name,
+            subjects=tuple(names),
+            methods=tuple(methods),
+            measurements=tuple(entries),
+            seeds=tuple(shape.seeds),
+            dtype=shape.dtype,
+            timeout_minutes=shape.timeout_minutes,
+            resources=shape.resources.model_dump(),
+        )
+
+    def _subjects(self, raw: Any, at: Location) -> list[str]:
+        names = [name for name in raw if isinstance(name, str)] if isinstance(raw, list) else []
+        self._distinct(raw, at, str)
+        for index, name in enumerate(raw if isinstance(raw, list) else ()):
+            if not isinstance(name, str) or name in self.infos or name in self.missing:
+                continue
+            try:
+                self.infos[name] = subjects.describe(name)
+            except MissingResource as error:
+                self.missing[name] = str(error)
+            except BadInput as error:
+                for fault in error.faults:
+                    self._fault((*at, index), fault.rule, fault.got, fault.remedy)
+        return names
+
+    def _methods(self, raw: Any, at: Location) -> list[MethodEntry]:
+        entries: list[MethodEntry] = []
+        places: dict[str, int] = {}
+        for index, value in enumerate(raw if isinstance(raw, list) else ()):
+            known = [registry.DENSE, *registry.slugs()]
+            parsed = self._entry(value, (*at, index), known, "a method")
+            if parsed is None:
+                continue
+            slug, options, place = parsed
+            for entry in self._configs(slug, options, place):
+                key = canonical_json([entry.slug, entry.config])
+                if key in places:
+                    first = dotted((*at, places[key]))
+                    got = f"{_title(entry)} twice"
+                    self._fault((*at, index), f"without a duplicate of {first}", got)
+                places.setdefault(key, index)
+                entries.append(entry)
+        if not any(entry.slug == registry.DENSE for entry in entries):
+            entries.insert(0, MethodEntry(registry.DENSE, {}))
+        return entries
+
+    def _configs(self, slug: str, options: dict[str, Any], at: Location) -> Iterator[MethodEntry]:
+        """Yield one entry per point of the grid that ``sweep`` spans."""
+        if slug == registry.DENSE:
+            dense = self._build(DenseOptions, options, {}, at)
+            if dense is not None:
+                yield MethodEntry(slug, {}, reruns=dense.reruns)
+            return
+        config_type = registry.get(slug).config
+        fixed = {name: value for name, value in options.items() if name != "sweep"}
+        axes = self._axes(options, at, {field.name for field in dataclasses.fields(config_type)})
+        if axes is None:
+            return
+        for point in itertools.product(*(list(enumerate(axis)) for axis in axes.values())):
+            swept = {name: value for name, (_, value) in zip(axes, point, strict=True)}
+            places = {
+                name: (*at, "sweep", name, index)
+                for name, (index, _) in zip(axes, point, strict=True)
+            }
+            config = self._build(config_type, {**fixed, **swept}, places, at)
+            if config is None:
+                continue
+            values = jsonable(dataclasses.asdict(config))
+            changed = _changed_fields(config)
+            shown = tuple(name for name in values if name in changed or name in swept)
+            yield MethodEntry(slug, values, shown, config_object=config)
+
+    def _axes(
+        self, options: dict[str, Any], at: Location, known: set[str]
+    ) -> dict[str, list[Any]] | None:
+        if "sweep" not in options:
+            return {}
+        sweep, place = options["sweep"], (*at, "sweep")
+        rule = "a mapping of field -> list of values, not empty"
+        if not isinstance(sweep, dict) or not sweep:
+            self._fault(place, rule, sweep)
+            return None
+        fine = True
+        for name, values in sweep.items():
+            here = (*place, name)
+            if name not in known:
+                self._fault(here, "a known field", name, near_matches(name, known))
+            elif name in options:
+                self._fault(here, f"given once; {name} also stands outside of sweep", name)
+            elif not isinstance(values, list) or not values:
+                self._fault(here, "a list of values, not empty", values)
+            else:
+                continue
+            fine = False
+        return dict(sweep) if fine else None
+
+    def _measurements(self, raw: Any, at: Location, names: list[str]) -> list[MeasurementEntry]:
+        entries: list[MeasurementEntry] = []
+        places: dict[str, int] = {}
+        for index, value in enumerate(raw if isinstance(raw, list) else ()):
+            parsed = self._entry(value, (*at, index), measurements.names(), "a measurement")
+            if parsed is None:
+                continue
+            name, options, place = parsed
+            measurement = measurements.get(name)
+            built = self._build(measurement.options, options, {}, place)
+            if built is None:
+                continue
+            cells = tuple(jsonable(cell) for cell in measurement.expand(built))
+            for cell in cells:
+                key = canonical_json([name, cell])
+                if key in places:
+                    first = dotted((*at, places[key]))
+                    got = f"{name} {canonical_json(cell)} twice"
+                    self._fault((*at, index), f"without a duplicate of a cell of {first}", got)
+                places.setdefault(key, index)
+            self._check_lengths(cells, names, place)
+            self._check_kinds(measurement, names, place)
+            entries.append(MeasurementEntry(name, jsonable(dataclasses.asdict(built)), cells))
+        return entries
+
+    def _check_lengths(
+        self, cells: tuple[dict[str, Any], ...], names: list[str], at: Location
+    ) -> None:
+        place = next(
+            ((*at, key) for key in ("lengths", "length") if (*at, key) in self.file.lines), at
+        )
+        for name in names:
+            info = self.infos.get(name)
+            lengths = {cell["length"] for cell in cells if isinstance(cell.get("length"), int)}
+            for length in sorted(lengths):
+                if info is not None and length > info.max_length:
+                    rule = f"at most {info.max_length} (the positions of {name})"
+                    self._fault(place, rule, length)
+
+    def _check_kinds(self, measurement: Measurement, names: list[str], at: Location) -> None:
+        infos = [self.infos[name] for name in names if name in self.infos]
+        if infos and len(infos) == len(names) and not any(applies(measurement, i) for i in infos):
+            needs = "trained " if measurement.needs_training else ""
+            rule = f"a measurement of {' or '.join(names)} (this one needs a {needs}subject of "
+            self._fault(at, f"{rule}kind {' or '.join(measurement.kinds)})", measurement.name)
+
+    def _entry(
+        self, value: Any, at: Location, known: list[str], noun: str
+    ) -> tuple[str, dict[str, Any], Location] | None:
+        options: Any = None
+        if isinstance(value, str):
+            name, place = value, at
+        elif isinstance(value, dict) and len(value) == 1:
+            name, options = next(iter(value.items()))
+            place = (*at, name)
+        else:
+            self._fault(at, f"{noun}: a name, or one name with its options", value)
+            return None
+        if name not in known:
+            self._fault(place, f"{noun} that exists", name, near_matches(name, known))
+            return None
+        if options is not None and not isinstance(options, dict):
+            self._fault(place, "a mapping of options", options)
+            return None
+        return name, options or {}, place
+
+    def _build(
+        self, kind: type, options: dict[str, Any], places: Mapping[str, Location], at: Location
+    ) -> Any | None:
+        """Return ``kind(**options)``, or None after noting what is wrong with them.
+
+        ``places`` says where a value stands that is not under its own name (a swept one).
+        """
+        fields = {field.name for field in dataclasses.fields(kind)}
+        model = _model_of(kind)
+        try:
+            checked = model.model_validate_json(json.dumps(options))
+        except ValidationError as error:
+            for problem in error.errors():
+                name = str(problem["loc"][0]) if problem["loc"] else ""
+                here = places.get(name, (*at, *problem["loc"]))
+                self._pydantic_fault(problem, here, fields)
+            return None
+        try:
+            return kind(**{name: getattr(checked, name) for name in checked.model_fields_set})
+        except (ValueError, TypeError) as error:
+            for line in str(error).splitlines():
+                self._rule_fault(line, fields, places, at)
+            return None
+
+    def _rule_fault(
+        self, text: str, fields: set[str], places: Mapping[str, Location], at: Location
+    ) -> None:
+        """Note a broken rule ``<field> must be <rule>, got <value>`` at the field's own line."""
+        match = re.match(r"^(?:.*?\b)?(\w+) must be (.+), got (.*)$", text.strip())
+        if match and match.group(1) in fields:
+            name = match.group(1)
+            self._fault(places.get(name, (*at, name)), match.group(2), match.group(3))
+        else:
+            self._fault(at, "valid", text.strip())
+
+    def _validate(self, model: type[BaseModel], data: Any, at: Location) -> Any | None:
+        try:
+            return model.model_validate_json(json.dumps(data))
+        except ValidationError as error:
+            for problem in error.errors():
+                self._pydantic_fault(problem, (*at, *problem["loc"]), set(model.model_fields))
+            return None
+
+    def _pydantic_fault(self, problem: Any, at: Location, known: set[str]) -> None:
+        kind = problem["type"]
+        rule, got, remedy = _pydantic_rule(problem), problem.get("input"), ""
+        if kind == "extra_forbidden":
+            got = at[-1]
+            remedy = near_matches(str(got), known)
+        elif kind == "missing":
+            got = "nothing"
+        self._fault(at, rule, got, remedy)
+
+    def _check_scalars(self, value: Any, at: Location) -> None:
+        """Refuse keys that are no text and numbers that are not finite."""
+        if isinstance(value, float) and not math.isfinite(value):
+            self._fault(at, "a finite number", value)
+        elif isinstance(value, list):
+            for index, entry in enumerate(value):
+                self._check_scalars(entry, (*at, index))
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                if isinstance(key, str):
+                    self._check_scalars(entry, (*at, key))
+                else:
+                    self._fault(at, "a mapping whose keys are text", key)
+        elif value is not None and not isinstance(value, (str, int, float)):
+            self._fault(at, "text, a number, true or false", type(value).__name__)
+
+    def _distinct(self, raw: Any, at: Location, key: Callable[[Any], str]) -> None:
+        seen: dict[str, int] = {}
+        for index, value in enumerate(raw if isinstance(raw, list) else ()):
+            name = key(value)
+            if name in seen:
+                self._fault((*at, index), f"different from {dotted((*at, seen[name]))}", value)
+            seen.setdefault(name, index)
+
+    def _fault(self, at: Location, rule: str, got: Any, remedy: str = "") -> None:
+        """Note a fault; the name of an entry is left out of its path."""
+        shown: list[str | int] = []
+        for index, part in enumerate(at):
+            follows_entry = index >= 2 and isinstance(at[index - 1], int)
+            if follows_entry and at[index - 2] in ("methods", "measurements") and index == 4:
+                continue
+            shown.append(part)
+        self.faults.append(Fault(self.file.where(at), dotted(shown), rule, _plain(got), remedy))
+
+
+def applies(measurement: Measurement, info: SubjectInfo) -> bool:
+    """Tell whether a measurement means anything on a subject."""
+    return info.kind in measurement.kinds and (info.trained or not measurement.needs_training)
+
+
+def _model_of(kind: type) -> type[BaseModel]:
+    """Return the pydantic model of a frozen dataclass: strict types, extra keys forbidden."""
+    hints = typing.get_type_hints(kind)
+    fields: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):
+        required = (
+            entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        )
+        # Defaults are the dataclass's own affair: only what the file gives is passed on.
+        fields[entry.name] = (hints[entry.name], ... if required else None)
+    return create_model(kind.__name__, __config__=_STRICT, **fields)
+
+
+def _changed_fields(config: Any) -> set[str]:
+    changed = set()
+    for entry in dataclasses.fields(config):
+        if entry.default_factory is not dataclasses.MISSING:
+            default: Any = entry.default_factory()
+        else:
+            default = entry.default
+        if getattr(config, entry.name) != default:
+            changed.add(entry.name)
+    return changed
+
+
+def _title(entry: MethodEntry) -> str:
+    shown = " ".join(f"{name}={entry.config[name]}" for name in entry.shown)
+    return f"{entry.slug} {shown}".strip()
+
+
+def _plain(value: Any) -> Any:
+    """Return what a message shows of a value: no dump of a whole mapping."""
+    return value if isinstance(value, (str, int, float, bool)) else canonical_json(jsonable(value))
+
+
+_RULES = {
+    "missing": "given",
+    "extra_forbidden": "a known key",
+    "too_short": "not empty",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+
+
+def _pydantic_rule(problem: Any) -> str:
+    known = _RULES.get(problem["type"])
+    if known:
+        return known
+    text = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return text[:1].lower() + text[1:]

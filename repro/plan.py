@@ -1,0 +1,355 @@
+"""The plan: every cell of a profile as resolved JSON with its key, grouped by subject.
+
+A worker needs nothing but the plan: neither YAML nor pydantic.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repro import measurements, registry
+from repro.errors import BadInput, Fault
+from repro.keys import SourceDigests, canonical_json, digest, jsonable, library_versions
+from repro.manifest import Manifest, MeasurementEntry, MethodEntry, Profile, applies
+from repro.measurements import Measurement
+from repro.method import Method
+from repro.subjects import SubjectInfo
+
+KEY_SCHEMA = 1
+LABEL_OPTIONS = ("task", "phase", "inputs", "protocol")  # always shown, by value alone
+LOAD_SECONDS = 10.0  # imports of torch and transformers, and the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCell:
+    """One cell of the plan.
+
+    Attributes:
+        key: SHA-256 of everything the outcome depends on but the machine.
+        cell: The resolved cell, JSON-able.
+        artifact: What the calibration stage needs, None where there is none; ``id`` is its key.
+        estimate_seconds: Rough seconds on 2 CPU cores.
+    """
+
+    key: str
+    cell: dict[str, Any]
+    artifact: dict[str, Any] | None = None
+    estimate_seconds: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return self.cell["label"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "cell": self.cell,
+            "artifact": self.artifact,
+            "estimate_seconds": round(self.estimate_seconds, 1),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PlannedCell:
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        name: Name of the manifest; ``runs/<name>/<profile>.json`` is the index of the run.
+        manifest: The resolved manifest, kept with the records.
+        missing: Subject (or resource) -> what has to be fetched first, and how.
+        skipped: Combinations that mean nothing (a measurement of another kind of subject).
+    """
+
+    name: str
+    profile: str
+    manifest: dict[str, Any]
+    cells: tuple[PlannedCell, ...]
+    resources: dict[str, Any] = field(default_factory=dict)
+    timeout_seconds: float = 3600.0
+    missing: dict[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+
+    def groups(self, cells: Iterable[PlannedCell] | None = None) -> list[list[PlannedCell]]:
+        """Return the cells by subject, in order: a subject loads once."""
+        groups: dict[str, list[PlannedCell]] = {}
+        for cell in self.cells if cells is None else cells:
+            groups.setdefault(cell.cell["subject"], []).append(cell)
+        return list(groups.values())
+
+    @property
+    def estimate_seconds(self) -> float:
+        loads = LOAD_SECONDS * len({cell.cell["subject"] for cell in self.cells})
+        return loads + sum(cell.estimate_seconds for cell in self.cells)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "profile": self.profile,
+            "estimate_seconds": round(self.estimate_seconds, 1),
+            "missing": self.missing,
+            "skipped": list(self.skipped),
+            "resources": self.resources,
+            "cells": [cell.to_json() for cell in self.cells],
+        }
+
+
+def make_plan(
+    manifest: Manifest, profile: str = "embedded", *, device: str = "auto", only: str | None = None
+) -> Plan:
+    """Return the plan of one profile.
+
+    Args:
+        manifest: A checked manifest.
+        profile: Name of the profile.
+        device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is a device).
+        only: Keep the cells whose label holds this text or matches this shell pattern.
+
+    Raises:
+        BadInput: If the profile or the device is unknown, or ``only`` keeps no cell.
+    """
+    chosen = manifest.profile(profile)
+    return _Planner(manifest, chosen, resolve_device(device)).plan(only)
+
+
+def resolve_device(device: str) -> str:
+    """Return ``cpu`` or ``cuda``; torch is imported only where a GPU's device file exists."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadInput(Fault("--device", "the device", "auto, cpu or cuda", device))
+    if device == "cpu":
+        return device
+    present = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+    if present and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1"):
+        import torch
+
+        present = torch.cuda.is_available()
+    else:
+        present = False
+    if device == "cuda" and not present:
+        raise BadInput(Fault("--device", "the device", "present", "cuda, and there is none"))
+    return "cuda" if present else "cpu"
+
+
+class _Planner:
+    def __init__(self, manifest: Manifest, profile: Profile, device: str) -> None:
+        self.manifest = manifest
+        self.profile = profile
+        self.device = device
+        self.digests = SourceDigests()
+        self.methods: dict[str, Method] = {
+            entry.slug: registry.get(entry.slug)
+            for entry in profile.methods
+            if entry.slug != registry.DENSE
+        }
+        self.measurements: dict[str, Measurement] = {
+            entry.name: measurements.get(entry.name) for entry in profile.measurements
+        }
+        self.sources = registry.sources()
+        self.libraries = {
+            name: library_versions(measurement.libraries)
+            for name, measurement in self.measurements.items()
+        }
+        self.varying = {name: _varying_options(profile, name) for name in self.measurements}
+        self.skipped: list[str] = []
+
+    def plan(self, only: str | None) -> Plan:
+        cells = tuple(self._cells())
+        if only is not None:
+            cells = tuple(cell for cell in cells if _matches(cell.label, only))
+            if not cells:
+                raise BadInput(Fault("--only", "the pattern", "found in a cell's label", only))
+        names = self.profile.subjects
+        missing = {name: self.manifest.missing[name] for name in names if self._is_missing(name)}
+        missing.update(_missing_resources(self.profile.resources, self.device))
+        return Plan(
+            name=self.manifest.name,
+            profile=self.profile.name,
+            manifest=self.manifest.to_json(),
+            cells=cells,
+            resources=dict(self.profile.resources),
+            timeout_seconds=60.0 * self.profile.timeout_minutes,
+            missing=missing,
+            skipped=tuple(dict.fromkeys(self.skipped)),
+        )
+
+    def _is_missing(self, subject: str) -> bool:
+        return subject in self.manifest.missing
+
+    def _cells(self) -> Iterator[PlannedCell]:
+        for subject in self.profile.subjects:
+            info = self.manifest.infos.get(subject) or SubjectInfo(
+                name=subject, kind="unknown", revision="missing", max_length=0
+            )
+            for entry in self.profile.measurements:
+                measurement = self.measurements[entry.name]
+                known = not self._is_missing(subject)
+                if known and not applies(measurement, info):
+                    self.skipped.append(f"{entry.name} on {subject} ({info.kind})")
+                    continue
+                # Short cells first: after one that ran out of memory the longer ones are implied.
+                for options in sorted(entry.cells, key=lambda cell: cell.get("length") or 0):
+                    for seed in self.profile.seeds:
+                        yield from self._cells_of(info, entry, options, seed)
+
+    def _cells_of(
+        self, info: SubjectInfo, entry: MeasurementEntry, options: dict[str, Any], seed: int
+    ) -> Iterator[PlannedCell]:
+        """Yield the dense cell, its reruns, and one cell per configuration of a method."""
+        paired = self.measurements[entry.name].paired
+        for method in self.profile.methods:
+            if method.slug != registry.DENSE:
+                yield self._cell(info, method, entry, options, seed, 0)
+            elif not paired:
+                for repeat in range(method.reruns + 1):
+                    yield self._cell(info, method, entry, options, seed, repeat)
+
+    def _cell(
+        self,
+        info: SubjectInfo,
+        entry: MethodEntry,
+        measured: MeasurementEntry,
+        options: dict[str, Any],
+        seed: int,
+        repeat: int,
+    ) -> PlannedCell:
+        measurement = self.measurements[measured.name]
+        identity: dict[str, Any] = {
+            "subject": info.name,
+            "subject_revision": info.revision,
+            "device": self.device,
+            "dtype": self.profile.dtype,
+            "method": {"slug": entry.slug, "config": entry.config},
+            "measurement": {"name": measured.name, "options": options},
+            "seed": seed,
+        }
+        if repeat:
+            identity["repeat"] = repeat
+        artifact = self._artifact(info, entry)
+        sources = [self.digests.of(f"repro.measurements.{measured.name}")]
+        if entry.slug != registry.DENSE:
+            sources.append(self._method_digest(entry.slug))
+        key = digest(
+            {
+                "schema": KEY_SCHEMA,
+                "cell": identity,
+                "sources": sources,
+                "libraries": self.libraries[measured.name],
+                "artifact": artifact["id"] if artifact else None,
+            }
+        )
+        varying = self.varying[measured.name]
+        label = _label(info, entry, measured.name, options, seed, repeat, varying)
+        cell = {
+            "paper": self.manifest.name,
+            "profile": self.profile.name,
+            **identity,
+            "label": label,
+        }
+        return PlannedCell(
+            key=key,
+            cell=cell,
+            artifact=artifact,
+            estimate_seconds=float(measurement.estimate_seconds(options, info)),
+        )
+
+    def _method_digest(self, slug: str) -> str:
+        return self.digests.of(self.sources[slug].module)
+
+    def _artifact(self, info: SubjectInfo, entry: MethodEntry) -> dict[str, Any] | None:
+        """Return what ``calibrate`` needs, with the identity of its outcome as ``id``."""
+        method = self.methods.get(entry.slug)
+        if method is None or not method.needs_artifact(entry.config_object):
+            return None
+        spec = method.calibration_data
+        data = {"count": spec.count, "length": spec.length, "seed": spec.seed} if spec else {}
+        # A configuration may say which of its fields calibration reads, so that others share it.
+        reduced = getattr(entry.config_object, "calibration_key", None)
+        config = jsonable(reduced()) if callable(reduced) else entry.config
+        identity = {
+            "subject": info.name,
+            "subject_revision": info.revision,
+            "device": self.device,
+            "dtype": self.profile.dtype,
+            "method": {"slug": entry.slug, "config": config},
+            "data": data,
+            "sources": [
+                self._method_digest(entry.slug),
+                self.digests.of("repro.calibration") if spec else "",
+            ],
+        }
+        return {"id": digest(identity), "data": data, "identity": identity}
+
+
+def _matches(label: str, pattern: str) -> bool:
+    return pattern in label or fnmatch.fnmatchcase(label, pattern)
+
+
+def _label(
+    info: SubjectInfo,
+    entry: MethodEntry,
+    measured: str,
+    options: dict[str, Any],
+    seed: int,
+    repeat: int,
+    varying: set[str],
+) -> str:
+    """Return ``zoo:retriever | xattention stride=16 | ruler niah_single_1@4096``."""
+    method = " ".join(
+        [entry.slug, *(f"{name}={_short(entry.config[name])}" for name in entry.shown)]
+    )
+    if repeat:
+        method += f" rerun {repeat}"
+    words = [str(options[name]) for name in LABEL_OPTIONS if options.get(name)]
+    text = " ".join([measured, *words])
+    if options.get("length"):
+        text += f"@{options['length']}"
+    others = sorted(varying - {*LABEL_OPTIONS, "length"})
+    text += "".join(f" {name}={_short(options.get(name))}" for name in others)
+    if seed:
+        text += f" seed={seed}"
+    return f"{info.name} | {method} | {text}"
+
+
+def _varying_options(profile: Profile, measurement: str) -> set[str]:
+    """Return the options that tell two cells of one measurement apart."""
+    values: dict[str, set[str]] = {}
+    for entry in profile.measurements:
+        if entry.name == measurement:
+            for cell in entry.cells:
+                for name, value in cell.items():
+                    values.setdefault(name, set()).add(canonical_json(value))
+    return {name for name, seen in values.items() if len(seen) > 1}
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def _missing_resources(resources: dict[str, Any], device: str) -> dict[str, str]:
+    """Return what this machine lacks for a profile; a cluster may have it."""
+    missing = {}
+    gpus, memory = resources.get("gpus", 0), resources.get("gpu_memory_gib", 0)
+    if gpus and device != "cuda":
+        size = f" with {memory:g} GiB" if memory else ""
+        missing["gpu"] = (
+            f"the profile asks for {gpus} GPU{'s' if gpus > 1 else ''}{size}; this machine has none"
+            ": run it on one, or join a cluster with --address"
+        )
+    wanted = resources.get("memory_gib", 0)
+    if wanted:
+        import psutil
+
+        have = psutil.virtual_memory().total / 2**30
+        if have < wanted:
+            missing["memory"] = (
+                f"the profile asks for {wanted:g} GiB of memory; here are {have:.0f}"
+            )
+    return missing
