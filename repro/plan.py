@@ -63,7 +63,8 @@ class Plan:
     """What a run will do.
 
     Attributes:
-        name: Name of the manifest; ``runs/<name>/<profile>.json`` is the index of the run.
+        name: Name of the manifest; ``runs/<name>/<profile>/`` holds the index of the run.
+        device: ``cpu`` or ``cuda``.
         manifest: The resolved manifest, kept with the records.
         missing: Subject (or resource) -> what has to be fetched first, and how.
         skipped: Combinations that mean nothing (a measurement of another kind of subject).
@@ -71,6 +72,7 @@ class Plan:
 
     name: str
     profile: str
+    device: str
     manifest: dict[str, Any]
     cells: tuple[PlannedCell, ...]
     resources: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +87,19 @@ class Plan:
             groups.setdefault(cell.cell["subject"], []).append(cell)
         return list(groups.values())
 
+    def select(self, pattern: str | None) -> tuple[PlannedCell, ...]:
+        """Return the cells whose label holds a text or matches a shell pattern; None keeps all.
+
+        Raises:
+            BadInput: If that keeps no cell.
+        """
+        if pattern is None:
+            return self.cells
+        kept = tuple(cell for cell in self.cells if _matches(cell.label, pattern))
+        if not kept:
+            raise BadInput(Fault("--only", "the pattern", "found in a cell's label", pattern))
+        return kept
+
     @property
     def estimate_seconds(self) -> float:
         loads = LOAD_SECONDS * len({cell.cell["subject"] for cell in self.cells})
@@ -94,6 +109,7 @@ class Plan:
         return {
             "name": self.name,
             "profile": self.profile,
+            "device": self.device,
             "estimate_seconds": round(self.estimate_seconds, 1),
             "missing": self.missing,
             "skipped": list(self.skipped),
@@ -102,22 +118,19 @@ class Plan:
         }
 
 
-def make_plan(
-    manifest: Manifest, profile: str = "embedded", *, device: str = "auto", only: str | None = None
-) -> Plan:
+def make_plan(manifest: Manifest, profile: str = "embedded", *, device: str = "auto") -> Plan:
     """Return the plan of one profile.
 
     Args:
         manifest: A checked manifest.
         profile: Name of the profile.
         device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is a device).
-        only: Keep the cells whose label holds this text or matches this shell pattern.
 
     Raises:
-        BadInput: If the profile or the device is unknown, or ``only`` keeps no cell.
+        BadInput: If the profile or the device is unknown.
     """
     chosen = manifest.profile(profile)
-    return _Planner(manifest, chosen, resolve_device(device)).plan(only)
+    return _Planner(manifest, chosen, resolve_device(device)).plan()
 
 
 def resolve_device(device: str) -> str:
@@ -160,18 +173,15 @@ class _Planner:
         self.varying = {name: _varying_options(profile, name) for name in self.measurements}
         self.skipped: list[str] = []
 
-    def plan(self, only: str | None) -> Plan:
+    def plan(self) -> Plan:
         cells = tuple(self._cells())
-        if only is not None:
-            cells = tuple(cell for cell in cells if _matches(cell.label, only))
-            if not cells:
-                raise BadInput(Fault("--only", "the pattern", "found in a cell's label", only))
         names = self.profile.subjects
         missing = {name: self.manifest.missing[name] for name in names if self._is_missing(name)}
         missing.update(_missing_resources(self.profile.resources, self.device))
         return Plan(
             name=self.manifest.name,
             profile=self.profile.name,
+            device=self.device,
             manifest=self.manifest.to_json(),
             cells=cells,
             resources=dict(self.profile.resources),

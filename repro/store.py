@@ -1,0 +1,434 @@
+"""The run store: what a run leaves under ``runs/``, so that nothing finished is computed twice.
+
+    runs/.lock                                      one driver at a time
+    runs/<name>/<profile>/<device>.json             index: resolved manifest, cells in order
+    runs/cells/<key[:2]>/<key>/<environment>/       one cell on one machine
+        items.jsonl                                 finished items, appended per batch
+        record.json                                 the finished record, by atomic rename
+        log.txt                                     traceback of a failure
+        *.corrupt                                   what could not be read, set aside
+    runs/artifacts/                                 see ``repro.artifacts``
+
+Cells are kept by key and not by profile: profiles share the cells that coincide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from repro.errors import MachineFault, ReproError
+from repro.keys import canonical_json, digest, jsonable
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None  # type: ignore[assignment]
+
+RECORD_SCHEMA = 1
+FSYNC_SECONDS = 1.0
+# Outcomes that another try may change; every other one is reused.
+RETRIED = frozenset({"crashed", "infra", "implied", "not_run"})
+Warn = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    del text
+
+
+@contextlib.contextmanager
+def _machine_faults(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise MachineFault(
+            f"{path}: cannot be written: {reason}; free space or choose another folder with --runs"
+        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is either the old or the new one, also after a crash.
+
+    Raises:
+        MachineFault: If the folder is read-only or the disk is full.
+    """
+    with _machine_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _encode_line(key: str, value: Mapping[str, Any]) -> bytes:
+    """Return ``{"crc":"<8 hex>","key":...,"value":...}``: JSON that proves itself whole."""
+    body = canonical_json({"key": key, "value": jsonable(value)})[1:].encode()
+    return b'{"crc":"%08x",' % zlib.crc32(body) + body + b"\n"
+
+
+def _decode_line(line: bytes) -> tuple[str, dict[str, Any]] | None:
+    """Return (key, value), or None if the line is torn or altered."""
+    body = line[18:]
+    if line[:8] != b'{"crc":"' or line[16:18] != b'",' or len(body) < 2:
+        return None
+    if line[8:16] != b"%08x" % zlib.crc32(body):
+        return None
+    entry = json.loads(b"{" + body)
+    return entry["key"], entry["value"]
+
+
+class ItemFile:
+    """The finished items of one cell: append-only, flushed per batch, fsynced within a second.
+
+    Opening reads what is there. A line that is torn or altered goes to ``items.jsonl.corrupt``
+    and its item counts as not done; every other line is kept. One process writes at a time.
+    """
+
+    def __init__(self, path: Path, *, warn: Warn = _silent, wait_seconds: float = 30.0) -> None:
+        self.path = path
+        self._values: dict[str, dict[str, Any]] = {}
+        self._synced_at = 0.0
+        self._timer: threading.Timer | None = None
+        self._guard = threading.Lock()
+        with _machine_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("ab")
+        try:
+            self._lock(wait_seconds)
+            self._read(warn)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return the stored value of an item, or None."""
+        return self._values.get(key)
+
+    def put(self, batch: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Append one finished batch of (item key, JSON-able value).
+
+        Raises:
+            MachineFault: If the disk is full or the folder read-only; no part of the batch is kept.
+        """
+        lines = [(key, _encode_line(key, value)) for key, value in batch]
+        with self._guard, _machine_faults(self.path):
+            end = self._stream.tell()
+            try:
+                self._stream.write(b"".join(line for _, line in lines))
+                self._stream.flush()
+            except OSError:
+                self._drop_from(end)
+                raise
+            self._sync_soon()
+        for key, line in lines:
+            # What a resumed run would read, not what the caller holds: both must agree.
+            self._values[key] = json.loads(line)["value"]
+
+    def close(self) -> None:
+        """Sync and release the file."""
+        with self._guard, _machine_faults(self.path):
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if not self._stream.closed:
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+                self._stream.close()
+
+    def _lock(self, wait_seconds: float) -> None:
+        # A killed driver's worker may still be about for a moment; the system frees its lock.
+        deadline = time.monotonic() + wait_seconds
+        while fcntl is not None:
+            try:
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise ReproError(
+                        f"{self.path}: another process is still writing this cell; "
+                        "wait for it or stop it"
+                    ) from None
+                time.sleep(0.05)
+
+    def _read(self, warn: Warn) -> None:
+        with _machine_faults(self.path):
+            data = self.path.read_bytes()
+        bad: list[bytes] = []
+        good: list[bytes] = []
+        for line in data.splitlines(keepends=True):
+            entry = _decode_line(line.rstrip(b"\n")) if line.endswith(b"\n") else None
+            if entry is None:
+                bad.append(line)
+            else:
+                good.append(line)
+                self._values[entry[0]] = entry[1]
+        if bad:
+            self._set_aside(bad, good)
+            count = f"{len(bad)} unreadable line{'s' if len(bad) > 1 else ''}"
+            warn(f"{self.path}: {count} set aside in {self.path.name}.corrupt and computed again")
+
+    def _set_aside(self, bad: list[bytes], good: list[bytes]) -> None:
+        with _machine_faults(self.path):
+            aside = self.path.with_name(self.path.name + ".corrupt")
+            with aside.open("ab") as stream:
+                stream.writelines(line if line.endswith(b"\n") else line + b"\n" for line in bad)
+            # In place, so that the lock stays on the file that everyone opens.
+            kept = b"".join(good)
+            with self.path.open("r+b") as stream:
+                stream.write(kept)
+                stream.truncate(len(kept))
+                stream.flush()
+                os.fsync(stream.fileno())
+            self._stream.seek(0, os.SEEK_END)
+
+    def _drop_from(self, end: int) -> None:
+        """Cut a half-written batch, and what the stream still buffers of it."""
+        descriptor = os.dup(self._stream.fileno())
+        try:
+            with contextlib.suppress(OSError):
+                self._stream.close()
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, end)
+        finally:
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            self._stream = self.path.open("ab")
+
+    def _sync_soon(self) -> None:
+        """Sync now if the last sync is a second old, else by a timer."""
+        now = time.monotonic()
+        if now - self._synced_at >= FSYNC_SECONDS:
+            os.fsync(self._stream.fileno())
+            self._synced_at = now
+        elif self._timer is None:
+            self._timer = threading.Timer(FSYNC_SECONDS, self._sync_from_timer)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _sync_from_timer(self) -> None:
+        with self._guard:
+            self._timer = None
+            if not self._stream.closed:
+                # The next put or close meets the same error and reports it.
+                with contextlib.suppress(OSError):
+                    os.fsync(self._stream.fileno())
+                self._synced_at = time.monotonic()
+
+
+class CellFolder:
+    """One cell on one machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record_path = path / "record.json"
+        self.items_path = path / "items.jsonl"
+        self.log_path = path / "log.txt"
+
+    def items(self, *, warn: Warn = _silent) -> ItemFile:
+        """Open the cell's items for reading and appending."""
+        return ItemFile(self.items_path, warn=warn)
+
+    def read_record(self, *, warn: Warn = _silent) -> dict[str, Any] | None:
+        """Return the finished record, None if there is none; a corrupt one is set aside."""
+        try:
+            data = self.record_path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise MachineFault(f"{self.record_path}: cannot be read: {error.strerror}") from error
+        try:
+            record = json.loads(data)
+            whole = record.pop("checksum") == digest(record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            aside = self.record_path.with_name("record.json.corrupt")
+            warn(f"{self.record_path}: unreadable; set aside as {aside.name} and made again")
+            with _machine_faults(self.record_path):
+                os.replace(self.record_path, aside)
+            return None
+        return record
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Write the finished record by atomic rename."""
+        body = jsonable(record)
+        body["checksum"] = digest(body)
+        write_atomically(self.record_path, json.dumps(body, ensure_ascii=False).encode() + b"\n")
+
+    def write_log(self, text: str) -> None:
+        """Keep the traceback of a failure."""
+        write_atomically(self.log_path, text.encode(errors="replace"))
+
+    def forget(self) -> None:
+        """Set record and items aside (``*.previous``), so that the cell starts anew."""
+        with _machine_faults(self.path):
+            for path in (self.record_path, self.items_path):
+                if path.exists():
+                    os.replace(path, path.with_name(path.name + ".previous"))
+
+
+class RunStore:
+    """A folder of runs. Reading needs no lock; a run holds ``lock()``."""
+
+    def __init__(self, root: str | Path = "runs", *, warn: Warn = _silent) -> None:
+        self.root = Path(root)
+        self.warn = warn
+
+    def cell(self, key: str, environment: str) -> CellFolder:
+        """Return the folder of one cell on one machine."""
+        return CellFolder(self.root / "cells" / key[:2] / key / environment)
+
+    def finished(self, key: str, environment: str) -> dict[str, Any] | None:
+        """Return the record that makes computing the cell needless, or None."""
+        record = self.cell(key, environment).read_record(warn=self.warn)
+        return None if record is None or record.get("status") in RETRIED else record
+
+    def write_index(self, plan: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Keep the resolved manifest and the ordered cells of a run (``Plan.to_json()``)."""
+        path = self.root / plan["name"] / plan["profile"] / f"{plan['device']}.json"
+        index = {
+            "schema": RECORD_SCHEMA,
+            "manifest": manifest,
+            "cells": [{"key": cell["key"], "cell": cell["cell"]} for cell in plan["cells"]],
+        }
+        write_atomically(path, json.dumps(index, ensure_ascii=False).encode() + b"\n")
+
+    def indexes(self, name: str, profile: str) -> list[dict[str, Any]]:
+        """Return the indexes of a run, one per device type; an unreadable one is warned of."""
+        found = []
+        for path in sorted((self.root / name / profile).glob("*.json")):
+            try:
+                found.append(json.loads(path.read_bytes()))
+            except (ValueError, OSError):
+                self.warn(f"{path}: unreadable; run the manifest again to make it anew")
+        return found
+
+    def runs(self) -> list[tuple[str, str]]:
+        """Return (name, profile) of every run in this folder."""
+        places = {path.parent for path in self.root.glob("*/*/*.json")}
+        found = [(place.parent.name, place.name) for place in places]
+        return sorted(run for run in found if run[0] not in ("cells", "artifacts"))
+
+    def records(
+        self, name: str, profile: str, *, environment: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the records of a run in the plan's order, of every machine that made some.
+
+        A planned cell without a record appears as ``not_run``. ``cell`` holds the paper, profile
+        and label of this run, also where the record was made for another profile.
+
+        Args:
+            environment: Only records of this machine (a folder name, ``environment_key``).
+        """
+        found = []
+        for index in self.indexes(name, profile):
+            for entry in index["cells"]:
+                found += self._records_of(entry, environment)
+        return found
+
+    def _records_of(self, entry: dict[str, Any], environment: str | None) -> list[dict[str, Any]]:
+        key, cell = entry["key"], entry["cell"]
+        records = []
+        for place in sorted((self.root / "cells" / key[:2] / key).glob("*/record.json")):
+            if environment is None or place.parent.name == environment:
+                record = CellFolder(place.parent).read_record(warn=self.warn)
+                if record is not None:
+                    records.append({**record, "cell": cell})
+        return records or [make_record(key, cell, "not_run", "planned and not run yet")]
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one driver.
+
+        Raises:
+            ReproError: If another driver holds it; says which.
+            MachineFault: If the folder cannot be written.
+        """
+        path = self.root / ".lock"
+        with _machine_faults(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            stream = path.open("a+")
+        with stream:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                stream.seek(0)
+                holder = stream.read().strip() or "another process"
+                raise ReproError(
+                    f"{self.root}: {holder} is running in this folder; "
+                    "wait for it, or choose another one with --runs"
+                ) from None
+            with _machine_faults(path):
+                stream.truncate(0)
+                stream.write(f"process {os.getpid()} on {socket.gethostname()} since {now()}")
+                stream.flush()
+            yield
+
+
+def make_record(
+    key: str, cell: Mapping[str, Any], status: str, message: str = "", **body: Any
+) -> dict[str, Any]:
+    """Return a record of the form that the report reads; ``body`` holds what was measured."""
+    return {
+        "schema": RECORD_SCHEMA,
+        "key": key,
+        "cell": dict(cell),
+        "status": status,
+        "message": message,
+        "metrics": {},
+        **body,
+    }
+
+
+def environment_key(environment: Mapping[str, Any]) -> str:
+    """Return the folder name of a machine: its readable slug and what else results depend on."""
+    versions = environment.get("versions") or {}
+    told = {
+        "device": environment.get("device_name"),
+        "threads": environment.get("threads"),
+        "libraries": {name: versions.get(name) for name in ("torch", "triton")},
+    }
+    return f"{environment.get('environment_id', 'unknown')}-{digest(told)[:6]}"
+
+
+def now() -> str:
+    """Return the date and time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
