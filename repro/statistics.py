@@ -82,6 +82,24 @@ def mean_interval(scores: ArrayLike, *, confidence: float = 0.95) -> Interval:
     return _score_interval(mean, effective, n, float(stats.t.ppf(0.5 + confidence / 2, n - 1)))
 
 
+def stratified_mean(strata: Sequence[ArrayLike], *, confidence: float = 0.95) -> Interval:
+    """Return the mean over strata (tasks) of mean scores, every stratum weighing the same.
+
+    The variance is that of the mean of stratum means; the interval is a score interval as in
+    ``mean_interval``.
+    """
+    values = [_vector("stratified_mean: scores", scores) for scores in strata]
+    if not values or any(v.size == 0 for v in values):
+        raise ValueError("stratified_mean: every stratum must hold at least one score")
+    if len(values) == 1:
+        return mean_interval(values[0], confidence=confidence)
+    n = sum(v.size for v in values)
+    mean = float(np.mean([v.mean() for v in values]))
+    variance = sum(float(v.var()) / v.size for v in values) / len(values) ** 2
+    effective = mean * (1 - mean) / variance if variance > 1e-15 else n
+    return _score_interval(mean, effective, n, float(stats.norm.ppf(0.5 + confidence / 2)))
+
+
 def _score_interval(mean: float, effective: float, n: int, z: float) -> Interval:
     """Invert the score test of a proportion ``mean`` seen on ``effective`` items."""
     shrink = 1 + z * z / effective
