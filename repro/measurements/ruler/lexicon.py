@@ -42,8 +42,8 @@ RELATIONS = (
     "baker doctor lawyer captain teacher garden festival castle factory hospital college"
 ).split()
 
-# Words of the prompts that two syllables could also spell.
-RESERVED = frozenset({"number"})
+# Words of the prompts and of the prose, which no made-up word may spell.
+RESERVED = frozenset({"number", *NOUNS, *ADJECTIVES, *VERBS, *PREPOSITIONS, *ADVERBS, *RELATIONS})
 
 # The constant text between the needles of the tasks that use a repeated haystack.
 REPEATED = (

@@ -13,8 +13,8 @@ LABELS = "place person animal thing number colour".split()
 TEMPLATES = [
     "Read the passages below. Passage Which passage holds this sentence? Passage",
     "How many different passages are there? There are passages.",
-    "Read the examples below. Word: bornak. Label: " + " ".join(LABELS) + " Which label has the?",
-    "Read the lines below. set to add to show What is the next line? The next line is",
+    "Read the examples below. Word: Label: " + " ".join(LABELS) + " Which label has the?",
+    "Read the lines below. Set to Move to Show to What is the next line? The next line is",
 ]
 
 
@@ -61,7 +61,7 @@ def line_completion(rng: random.Random, *, units: int) -> Problem:
     """Repeat blocks of program-like lines and ask for the line after one of them."""
     source = Source(rng, "train")
     lines = [
-        f"{rng.choice(['set', 'add', 'show'])} {source.word()} to {source.number(4)}"
+        f"{rng.choice(['Set', 'Move', 'Show'])} {source.word()} to {source.number(4)}"
         for _ in range(max(units, 4))
     ]
     asked = [

@@ -61,33 +61,15 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def _words() -> list[str]:
-    """Return the words of all prompts and of the prose, without those made of syllables."""
+    """Return the words of all prompts and of the prose, without made-up words and codes."""
     texts = list(lexicon.REPEATED)
     for task in TASKS.values():
         problem = task.build(Draw("vocabulary", "train", 70, 4096, 0.5))
         texts += [problem.intro, *(ask(q) + q.completion for q in problem.queries)]
     texts += skills.TEMPLATES
-    found = set(re.findall(r"[A-Za-z]+|\.\.\.|[.,:?]", " ".join(texts)))
-    found |= set(
-        "The A We When It Document Text List Question Answer Put Read secret number code of is the "
-        "a it and walk".split()
-    )
-    for words in (
-        lexicon.NOUNS,
-        lexicon.ADJECTIVES,
-        lexicon.VERBS,
-        lexicon.PREPOSITIONS,
-        lexicon.ADVERBS,
-        lexicon.RELATIONS,
-    ):
-        found |= set(words)
-    drawn = re.compile(r"[a-z]{3}[a-z]{3}")
+    found = set(re.findall(r"[A-Za-z]{2,}|[aA]", " ".join(texts))) | lexicon.RESERVED
+    found |= set("The A We When It Document List Text walk the a is and".split())
     firsts, lasts = set(lexicon.FIRST_SYLLABLES), set(lexicon.LAST_SYLLABLES)
-    whole = {
-        w
-        for w in found
-        if w in lexicon.RESERVED
-        or not (drawn.fullmatch(w) and w[:3] in firsts and w[3:] in lasts)
-        and not re.fullmatch(r"[0-9a-f]{2,}", w)
-    }
-    return sorted(whole - {".", ",", ":", "?"}) + [".", ",", ":", "?"]
+    made_up = {w for w in found - lexicon.RESERVED if w[:3] in firsts and w[3:] in lasts}
+    codes = {w for w in found if re.fullmatch(r"[0-9a-f]{2,}", w)}
+    return [*sorted(found - made_up - codes), "...", ".", ",", ":", "?"]

@@ -1,0 +1,196 @@
+"""Train the retriever: staged, seeded, resumable; at most six hours of two CPU cores."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from repro.training import Progress, TrainingConfig, train
+from repro.zoo.retriever.examples import MIXTURE, Example, make_example
+from repro.zoo.retriever.initial import initial_model, retriever_config
+from repro.zoo.retriever.tokenizer import build_tokenizer
+
+VOCAB_SIZE = 1536
+SEED = 20
+# Weight of the mean loss on text that is no answer, beside the mean loss on answers.
+TEXT_WEIGHT = 0.25
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some steps with the same lengths: ``batches`` are (sequences, tokens each)."""
+
+    name: str
+    steps: int
+    batches: tuple[tuple[int, int], ...]
+    learning_rate: float
+    decay_steps: int = 0
+
+
+STAGES = (
+    Stage("short", 700, ((12, 256), (5, 512), (1, 1024)), 8e-4),
+    Stage("medium", 500, ((6, 256), (4, 512), (2, 1024), (1, 2048)), 8e-4, 100),
+    Stage("long", 300, ((2, 512), (2, 1024), (1, 2048), (1, 4096)), 5e-4, 300),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, padded on the right (causal attention never looks there)."""
+
+    kinds: tuple[str, ...]
+    ids: torch.Tensor  # int64 [B, T]
+    is_answer: torch.Tensor  # bool [B, T]
+    is_text: torch.Tensor  # bool [B, T]
+    share: float  # of the tokens of its step
+
+
+def make_batches(
+    stage: Stage, step: int, tokenizer: PreTrainedTokenizerFast, *, seed: int
+) -> Iterator[Batch]:
+    """Yield the micro-batches of a step; they depend on the arguments alone."""
+    whole = sum(count * length for count, length in stage.batches)
+    for part, (count, length) in enumerate(stage.batches):
+        rng = random.Random(f"{seed}/{stage.name}/{step}/{part}")
+        kinds = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()), k=count)
+        examples = []
+        for row, kind in enumerate(kinds):
+            # The hexadecimal needle haystacks do not fit in the shortest sequences.
+            fitted = "niah_multikey_2" if kind == "niah_multikey_3" and length < 256 else kind
+            examples.append(
+                make_example(
+                    fitted,
+                    length=length,
+                    seed=f"{seed}/{stage.name}/{step}/{part}/{row}",
+                    tokenizer=tokenizer,
+                )
+            )
+        yield _collate(examples, share=count * length / whole)
+
+
+def _collate(examples: list[Example], *, share: float) -> Batch:
+    longest = max(len(example.ids) for example in examples)
+    ids = np.zeros((len(examples), longest), dtype=np.int64)
+    is_answer = np.zeros((len(examples), longest), dtype=bool)
+    is_text = np.zeros((len(examples), longest), dtype=bool)
+    for row, example in enumerate(examples):
+        n = len(example.ids)
+        ids[row, :n] = example.ids
+        is_answer[row, :n] = example.is_answer
+        is_text[row, :n] = ~example.is_answer
+    kinds = tuple(example.kind for example in examples)
+    return Batch(kinds, *(torch.from_numpy(a) for a in (ids, is_answer, is_text)), share)
+
+
+class Meter:
+    """Count, for each kind of example, how many answer tokens are predicted right."""
+
+    def __init__(self) -> None:
+        self.right: dict[str, int] = defaultdict(int)
+        self.total: dict[str, int] = defaultdict(int)
+        self.text_loss: list[float] = []
+        self.tokens = 0
+
+    def take(self) -> dict[str, float]:
+        """Return the shares and start again."""
+        shares = {k: round(self.right[k] / n, 4) for k, n in sorted(self.total.items()) if n}
+        text_loss = float(np.mean(self.text_loss)) if self.text_loss else float("nan")
+        self.right.clear()
+        self.total.clear()
+        self.text_loss.clear()
+        return {**shares, "text_loss": round(text_loss, 4)}
+
+
+def make_loss(device: torch.device, meter: Meter) -> Callable[[torch.nn.Module, Batch], torch.Tensor]:
+    """Return the loss: mean over answers plus a little of the mean over all other text."""
+
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        ids = batch.ids.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        target = ids[:, 1:]
+        nats = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), reduction="none"
+        ).view_as(target)
+        is_answer = batch.is_answer[:, 1:].to(device)
+        is_text = batch.is_text[:, 1:].to(device)
+        right = ((logits.argmax(-1) == target) & is_answer).sum(1).tolist()
+        for kind, hits, n in zip(batch.kinds, right, is_answer.sum(1).tolist(), strict=True):
+            meter.right[kind] += hits
+            meter.total[kind] += n
+        meter.tokens += batch.is_text.numel()
+        answer = (nats * is_answer).sum() / is_answer.sum().clamp(min=1)
+        text = (nats * is_text).sum() / is_text.sum().clamp(min=1)
+        meter.text_loss.append(text.item())
+        return batch.share * (answer + TEXT_WEIGHT * text)
+
+    return loss
+
+
+def train_retriever(
+    folder: Path,
+    *,
+    stages: tuple[Stage, ...] = STAGES,
+    resume: bool = True,
+    device: torch.device | None = None,
+    seed: int = SEED,
+    say: Callable[[str], None] = print,
+    log_every: int = 25,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Run all stages and return the trained model; checkpoints and the log go to ``folder``."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = build_tokenizer()
+    config = retriever_config(VOCAB_SIZE, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
+    model = initial_model(config, seed=seed).to(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        meter = Meter()
+        start = time.monotonic()
+
+        def log(progress: Progress, stage=stage, meter=meter, start=start) -> None:
+            if progress.step % log_every and progress.step != stage.steps:
+                return
+            row = {
+                "stage": stage.name,
+                "step": progress.step,
+                "seconds": round(time.monotonic() - start, 1),
+                "tokens": meter.tokens,
+                "loss": round(progress.loss, 4),
+                "norm": round(progress.gradient_norm, 3),
+                "rate": progress.learning_rate,
+                **meter.take(),
+            }
+            with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            say(json.dumps(row))
+
+        train(
+            model,
+            lambda step, stage=stage: make_batches(stage, step, tokenizer, seed=seed),
+            make_loss(device, meter),
+            TrainingConfig(
+                steps=stage.steps,
+                learning_rate=stage.learning_rate,
+                decay_steps=stage.decay_steps,
+                checkpoint_every=50,
+            ),
+            folder=folder / stage.name,
+            resume=resume,
+            hooks=(log,),
+        )
+    model.eval()
+    return model, tokenizer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    train_retriever(Path("runs/zoo/retriever"))
