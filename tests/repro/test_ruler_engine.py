@@ -304,7 +304,16 @@ def test_padding_is_on_the_left():
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_a_prompt_that_brings_its_beginning_gets_no_second_one():
-    tokenizer = byte_tokenizer()
-    plain = encode(tokenizer, "<s>abc")
-    assert plain.tolist() == tokenizer("<s>abc", add_special_tokens=False)["input_ids"]
+@pytest.mark.parametrize(("text", "adds"), [("<s>abc", False), ("abc", True)])
+def test_only_a_prompt_without_its_beginning_gets_special_tokens(text, adds):
+    asked = []
+
+    class Watched:
+        bos_token = "<s>"
+
+        def __call__(self, text, *, add_special_tokens):
+            asked.append(add_special_tokens)
+            return {"input_ids": [1, 2]}
+
+    assert encode(Watched(), text).tolist() == [1, 2]
+    assert asked == [adds]
