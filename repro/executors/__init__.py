@@ -1,0 +1,178 @@
+"""Executors: who runs the cells of a plan. One module each, found by scanning.
+
+A module offers ``execute(session)``; it runs ``repro.worker.Worker`` for every pending cell and
+hands each record to the session. What is the same for all of them is here: what is already done,
+what a failure implies for longer cells, the time budget.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from repro.errors import BadInput, Fault, near_matches
+from repro.keys import canonical_json
+from repro.plan import Plan, PlannedCell
+from repro.progress import Listener
+from repro.store import CellFolder, RunStore, make_record, now
+
+
+def names() -> list[str]:
+    """Return the names of all executors."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> Any:
+    """Return an executor's module by name.
+
+    Raises:
+        BadInput: If there is none of that name.
+    """
+    if name not in names():
+        remedy = near_matches(name, ["auto", *names()])
+        raise BadInput(Fault("--executor", "the executor", "a known name", name, remedy))
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def choose(plan: Plan, *, address: str | None) -> str:
+    """Return the executor that ``auto`` stands for.
+
+    Ray where it has something to schedule: several subject groups, GPUs or a running cluster. For
+    one group on one machine it would only add its start.
+    """
+    has_ray = importlib.util.find_spec("ray") is not None
+    wants_ray = bool(address) or len(plan.groups()) > 1
+    return "ray" if has_ray and wants_ray else "inline"
+
+
+@dataclass
+class Session:
+    """One run of a plan: what is pending, and what became of each cell.
+
+    Attributes:
+        selected: The cells that this run is to do, in the plan's order.
+        machine: ``environment_key`` of this machine.
+        deadline: ``time.monotonic()`` at which the budget ends, None without one.
+    """
+
+    plan: Plan
+    selected: Sequence[PlannedCell]
+    store: RunStore
+    machine: str
+    listener: Listener
+    fresh: bool = False
+    deadline: float | None = None
+    address: str | None = None
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    computed: int = 0
+    _oom_lengths: dict[str, int] = field(default_factory=dict)
+    _speed: list[tuple[float, float]] = field(default_factory=list)
+
+    def pending(self) -> list[PlannedCell]:
+        """Report the cells that are done already and return the others, in running order."""
+        waiting = []
+        for planned in self.selected:
+            if self.fresh:
+                self.folder(planned).forget()
+            record = self.store.finished(planned.key, self.machine)
+            if record is not None:
+                self._note(planned, record, cached=True)
+            elif reason := self._missing(planned):
+                self.settle(planned, "not_run", reason)
+            else:
+                waiting.append(planned)
+        return waiting if self.deadline is None else _most_informative_first(waiting)
+
+    def _missing(self, planned: PlannedCell) -> str | None:
+        missing = self.plan.missing
+        machine = None if self.address else missing.get("gpu") or missing.get("memory")
+        return missing.get(planned.cell["subject"]) or machine
+
+    def folder(self, planned: PlannedCell) -> CellFolder:
+        return self.store.cell(planned.key, self.machine)
+
+    def settled_without_running(self, planned: PlannedCell) -> bool:
+        """Settle a cell that need not or cannot run now; tell whether that was so."""
+        length = planned.cell["measurement"]["options"].get("length")
+        shortest = self._oom_lengths.get(_family(planned))
+        if shortest is not None and isinstance(length, int) and length > shortest:
+            message = f"out of memory at length {shortest} already"
+            self.settle(planned, "implied", message)
+            return True
+        if self.deadline is not None:
+            left = self.deadline - time.monotonic()
+            if left <= 0 or planned.estimate_seconds * self.pace() > left:
+                needs = planned.estimate_seconds * self.pace()
+                message = f"budget spent: needs about {needs:.0f} s, {max(left, 0):.0f} s were left"
+                self.settle(planned, "not_run", message)
+                return True
+        return False
+
+    def finish(self, planned: PlannedCell, record: dict[str, Any]) -> None:
+        """Take in the record of a cell that ran."""
+        self.computed += 1
+        if record["status"] == "ok" and planned.estimate_seconds > 0:
+            self._speed.append((record.get("seconds", 0.0), planned.estimate_seconds))
+        self._note(planned, record, cached=False)
+
+    def settle(self, planned: PlannedCell, status: str, message: str) -> dict[str, Any]:
+        """Write and report the record of a cell that a worker did not run to its end."""
+        record = make_record(planned.key, planned.cell, status, message, created=now(), seconds=0.0)
+        self.folder(planned).write_record(record)
+        self._note(planned, record, cached=False)
+        return record
+
+    def pace(self) -> float:
+        """Return measured over estimated seconds so far, 1 until something was measured."""
+        measured = sum(seconds for seconds, _ in self._speed)
+        estimated = sum(estimate for _, estimate in self._speed)
+        return measured / estimated if estimated > 0 and measured > 0 else 1.0
+
+    def _note(self, planned: PlannedCell, record: dict[str, Any], *, cached: bool) -> None:
+        self.records[planned.key] = record
+        length = planned.cell["measurement"]["options"].get("length")
+        if record["status"] == "oom" and isinstance(length, int):
+            family = _family(planned)
+            self._oom_lengths[family] = min(length, self._oom_lengths.get(family, length))
+        self.listener.finished(planned, record, cached=cached)
+
+
+def _family(planned: PlannedCell) -> str:
+    """Return what two cells share that differ in length alone."""
+    cell = planned.cell
+    options = {
+        name: value for name, value in cell["measurement"]["options"].items() if name != "length"
+    }
+    measured = [cell["measurement"]["name"], options]
+    return canonical_json([cell["subject"], cell["method"], measured, cell.get("repeat", 0)])
+
+
+def _most_informative_first(cells: list[PlannedCell]) -> list[PlannedCell]:
+    """Return cells by cost, those that are compared with one another kept together."""
+    together: dict[str, list[PlannedCell]] = {}
+    for planned in cells:
+        cell = planned.cell
+        key = canonical_json([cell["subject"], cell["measurement"], cell["seed"]])
+        together.setdefault(key, []).append(planned)
+
+    def cost(group: list[PlannedCell]) -> float:
+        return sum(planned.estimate_seconds for planned in group)
+
+    return [planned for group in sorted(together.values(), key=cost) for planned in group]
+
+
+def by_subject(cells: Sequence[PlannedCell]) -> Iterator[list[PlannedCell]]:
+    """Yield runs of neighbouring cells of one subject."""
+    group: list[PlannedCell] = []
+    for planned in cells:
+        if group and group[-1].cell["subject"] != planned.cell["subject"]:
+            yield group
+            group = []
+        group.append(planned)
+    if group:
+        yield group

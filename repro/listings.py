@@ -1,0 +1,193 @@
+"""What the listing commands show: the data for ``--json``, and its tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from repro import registry
+from repro.keys import jsonable
+from repro.method import Method
+from repro.plan import Plan
+from repro.progress import duration
+
+Row = dict[str, Any]
+
+
+def methods() -> list[Row]:
+    """Return one row per method."""
+    return [_summary(method) for method in registry.methods().values()]
+
+
+def method(slug: str) -> Row:
+    """Return a method with its options and claims.
+
+    Raises:
+        BadInput: If there is none of that name.
+    """
+    found = registry.get(slug)
+    options = [
+        {
+            "name": entry.name,
+            "type": str(entry.type),
+            "default": _default(entry),
+        }
+        for entry in dataclasses.fields(found.config)
+    ]
+    doc = (found.config.__doc__ or "").strip()
+    return {**_summary(found), "about": doc, "options": options, "claim_list": _claims(found)}
+
+
+def plan(made: Plan, runs: str) -> Row:
+    """Return a plan with what is done already in a run store (on any machine)."""
+    done = {
+        cell.key
+        for cell in made.cells
+        if any((Path(runs) / "cells" / cell.key[:2] / cell.key).glob("*/record.json"))
+    }
+    listing = made.to_json()
+    for cell in listing["cells"]:
+        cell["done"] = cell["key"] in done
+    listing["done"] = len(done)
+    return listing
+
+
+def zoo() -> list[Row]:
+    """Return one row per embedded model."""
+    from repro import subjects
+    from repro.errors import ReproError
+    from repro.zoo import names
+
+    rows = []
+    for name in names():
+        subject = f"zoo:{name}"
+        try:
+            info = subjects.describe(subject)
+            rows.append({**dataclasses.asdict(info), "status": "ready"})
+        except ReproError as error:
+            rows.append({"name": subject, "status": str(error)})
+    return rows
+
+
+def broken_proxy_claims(rows: list[Row]) -> list[Row]:
+    """Return the proxy claims that this machine's own numbers contradict."""
+    return [row for row in rows if row.get("proxy") and row.get("verdict") == "not reproduced"]
+
+
+def print_methods(rows: list[Row]) -> None:
+    if not rows:
+        print("no methods are installed")
+        return
+    columns = ["slug", "title", "arxiv", "kind", "claims"]
+    _table(columns, [[row[name] for name in columns] for row in rows])
+
+
+def print_method(detail: Row) -> None:
+    link = f", arXiv:{detail['arxiv']}" if detail["arxiv"] else ""
+    print(f"{detail['title']} ({detail['slug']}, {detail['kind']}{link})")
+    if detail["about"]:
+        print(f"\n{detail['about']}")
+    print()
+    options = [[row["name"], row["type"], row["default"]] for row in detail["options"]]
+    _table(["option", "type", "default"], options)
+    if detail["claim_list"]:
+        names = [name for name in ("id", "quantity", "value", "unit", "model", "source")]
+        rows = [[claim.get(name, "") for name in names] for claim in detail["claim_list"]]
+        _table(names, rows)
+
+
+def print_plan(listing: Row) -> None:
+    rows = [
+        [
+            cell["cell"]["label"],
+            duration(cell["estimate_seconds"]),
+            "yes" if cell["done"] else "",
+            cell["key"][:8],
+        ]
+        for cell in listing["cells"]
+    ]
+    _table(["cell", "about", "done", "key"], rows)
+    number = len(listing["cells"])
+    print(
+        f"{listing['name']} {listing['profile']} on {listing['device']}: {number} cells, "
+        f"{listing['done']} done, about {duration(listing['estimate_seconds'])} in all"
+    )
+    for text in listing["skipped"]:
+        print(f"left out: {text}")
+    for what, how in listing["missing"].items():
+        print(f"missing {what}: {how}")
+
+
+def print_zoo(rows: list[Row]) -> None:
+    columns = ["name", "kind", "parameters", "max_length", "revision", "status"]
+    _table(columns, [[str(row.get(name, ""))[:60] for name in columns] for row in rows])
+
+
+def print_verdicts(rows: list[Row]) -> None:
+    columns = ["method", "claim", "paper", "measured", "verdict", "reason"]
+    known = [name for name in columns if any(name in row for row in rows)]
+    if not rows:
+        print("no claims")
+        return
+    _table(known or list(rows[0]), [[row.get(name, "") for name in known] for row in rows])
+
+
+def _summary(found: Method) -> Row:
+    return {
+        "slug": found.slug,
+        "title": found.title,
+        "arxiv": found.arxiv,
+        "kind": found.kind,
+        "claims": len(_claims(found)),
+    }
+
+
+def _claims(found: Method) -> list[Row]:
+    """Return the raw claims of a method's ``paper.yaml``; ``repro.claims`` judges them."""
+    import yaml
+
+    module = registry.sources()[found.slug].module
+    package = module if _is_package(module) else module.rpartition(".")[0]
+    try:
+        text = (resources.files(package) / "paper.yaml").read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, ModuleNotFoundError, ValueError):
+        return []
+    data = yaml.safe_load(text) or {}
+    claims = data.get("claims") if isinstance(data, dict) else data
+    return jsonable(claims or [])
+
+
+def _is_package(module: str) -> bool:
+    import sys
+
+    return hasattr(sys.modules.get(module), "__path__")
+
+
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    if entry.default is not dataclasses.MISSING:
+        return jsonable(entry.default)
+    if entry.default_factory is not dataclasses.MISSING:
+        return jsonable(entry.default_factory())
+    return "required"
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:  # a log or a pipe is not folded at 80 columns
+        console = Console(width=200)
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(_text(value) for value in row))
+    console.print(table)
+
+
+def _text(value: Any) -> Any:
+    from rich.text import Text
+
+    return Text("" if value is None else str(value), overflow="fold")

@@ -1,0 +1,118 @@
+"""From a manifest to records: the steps of ``repro run``, usable without the command line."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repro import executors, manifest
+from repro.errors import BadInput, Fault, MissingResource
+from repro.plan import make_plan
+from repro.progress import listener_for
+from repro.store import RunStore, environment_key
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        records: The records of the selected cells, in the plan's order.
+        counts: Status -> cells; ``cached`` counts the reused ones.
+    """
+
+    name: str
+    profile: str
+    records: tuple[dict[str, Any], ...]
+    counts: dict[str, int]
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a cell crashed or its machine failed, else 0, whatever was measured."""
+        failed = [record for record in self.records if record["status"] in ("crashed", "infra")]
+        return 1 if failed else 0
+
+
+def run(
+    path: str | Path,
+    *,
+    profile: str = "embedded",
+    runs: str | Path = "runs",
+    executor: str = "auto",
+    device: str = "auto",
+    only: str | None = None,
+    budget: str | None = None,
+    fresh: bool = False,
+    address: str | None = None,
+    quiet: bool = False,
+) -> Outcome:
+    """Run what a profile of a manifest asks for and is not done yet.
+
+    Args:
+        path: The manifest.
+        runs: Folder of the run store.
+        executor: ``auto``, ``inline`` or ``ray``.
+        only: Keep the cells whose label holds this text or matches this shell pattern.
+        budget: Time such as ``10m``; the cheapest comparisons run, the others become ``not_run``.
+        fresh: Compute again what is done already; the old files are set aside.
+        address: A running Ray cluster.
+
+    Raises:
+        BadInput: On a bad manifest or option.
+        MissingResource: If nothing of what is asked for can run here; says what to fetch.
+        MachineFault: If the store cannot be written.
+        KeyboardInterrupt: On Ctrl-C; calling again goes on.
+    """
+    seconds = None if budget is None else parse_duration(budget)
+    checked = manifest.load(path)
+    plan = make_plan(checked, profile, device=device)
+    selected = plan.select(only)
+    name = executors.choose(plan, address=address) if executor == "auto" else executor
+    module = executors.get(name)
+    with RunStore(runs).lock():
+        machine = _machine_of(plan.device)
+        with listener_for(len(selected), plan.estimate_seconds, quiet=quiet) as listener:
+            store = RunStore(runs, warn=listener.message)
+            store.write_index(plan.to_json(), plan.manifest)
+            session = executors.Session(
+                plan=plan,
+                selected=selected,
+                store=store,
+                machine=machine,
+                listener=listener,
+                fresh=fresh,
+                deadline=None if seconds is None else time.monotonic() + seconds,
+                address=address,
+            )
+            module.execute(session)
+            counts = dict(listener.counts)
+    records = tuple(session.records[planned.key] for planned in selected)
+    if plan.missing and all(record["status"] == "not_run" for record in records):
+        needs = "\n".join(f"{what}: {how}" for what, how in plan.missing.items())
+        raise MissingResource(f"nothing of profile {profile} can run here:\n{needs}")
+    return Outcome(name=plan.name, profile=profile, records=records, counts=counts)
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of ``90``, ``90s``, ``10m`` or ``2h``.
+
+    Raises:
+        BadInput: If the text is no such duration, or not above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip())
+    if match is None or match.group(2) not in _UNITS or float(match.group(1)) <= 0:
+        rule = "a duration above 0 such as 90s, 10m or 2h"
+        raise BadInput(Fault("--budget", "the budget", rule, text))
+    return float(match.group(1)) * _UNITS[match.group(2)]
+
+
+def _machine_of(device: str) -> str:
+    from repro import environment
+
+    environment.set_threads()
+    return environment_key(environment.capture(device))
