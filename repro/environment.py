@@ -27,9 +27,9 @@ _SMI_FIELDS = {
     "clocks_throttle_reasons.active": "throttle_reasons",
 }
 
-#: Bits of NVML's throttle mask that mean "slower than asked for": power cap, hardware and software
-#: slowdown, thermal slowdown, power brake. Idle and application clocks are not among them.
-THROTTLE_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
+#: Bits of NVML's throttle mask that mean a fault of cooling or supply: hardware slowdown, thermal
+#: slowdown by software or hardware, power brake. The power cap (0x4) is normal under full load.
+_THROTTLE_BITS = 0x8 | 0x20 | 0x40 | 0x80
 
 
 def usable_cpus() -> int:
@@ -139,8 +139,8 @@ def device_state(device_type: str, index: int = 0) -> dict[str, Any]:
 
 
 def is_throttled(state: dict[str, Any]) -> bool:
-    """Return True if a GPU's state shows a power, thermal or hardware slowdown."""
-    return bool(int(state.get("throttle_reasons", 0)) & THROTTLE_BITS)
+    """Return True if a GPU's state shows a thermal or hardware slowdown."""
+    return bool(int(state.get("throttle_reasons", 0)) & _THROTTLE_BITS)
 
 
 def _gpu_state(index: int) -> dict[str, Any]:
