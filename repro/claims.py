@@ -93,6 +93,7 @@ class _Row(BaseModel):
     note: str = ""
     needs: str = ""
     direction: Direction = "equal"
+    strict: bool = False
     tolerance: float = Field(0.1, ge=0, lt=1)
     points: float | None = Field(None, ge=0)
     margin: float | None = Field(None, gt=0)
@@ -106,6 +107,8 @@ class _Row(BaseModel):
     def _consistent(self) -> _Row:
         if self.direction == "holds" and (self.margin is None or not self.min_items):
             raise ValueError("holds needs margin and min_items")
+        if self.strict and self.direction not in ("at_least", "at_most"):
+            raise ValueError("strict goes with at_least or at_most")
         if self.query is None and not self.needs:
             raise ValueError("a row without a query needs a text under needs")
         return self
@@ -134,9 +137,10 @@ class Claim:
         model, hardware, setting: What the paper used, as text.
         source: Where in the paper or its code the number stands.
         confirmed: False where only a secondary source gives it.
-        proxy: True for a claim of the embedded profiles; judged strictly, without tolerance.
+        proxy: True for a claim of our own, on the embedded subjects.
         direction: ``holds`` is non-inferiority: the lower bound of the paired difference must be
             above ``-margin``.
+        strict: The unfavourable end of the interval must reach the value, without tolerance.
         tolerance: Relative; ``points``, where given, replaces it by an absolute one in ``unit``.
         scope: ``best_of`` for "up to".
         min_items: Fewest items per cell (task) for a verdict.
@@ -159,6 +163,7 @@ class Claim:
     note: str
     needs: str
     direction: Direction
+    strict: bool
     tolerance: float
     points: float | None
     margin: float | None
