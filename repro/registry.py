@@ -42,7 +42,7 @@ def sources() -> dict[str, Source]:
         if not module.name.startswith("_")
     ]
     candidates += [
-        Source(entry.name, entry.module, entry.attr)
+        Source(entry.name, entry.module, entry.attr or "")
         for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     ]
     for source in candidates:

@@ -114,8 +114,10 @@ BAD = {
     ),
     "length over the positions": (
         {"measurements": "[{noop: {lengths: [512, 2048]}}]"},
-        "profiles.p.measurements[0].lengths must be at most 1024 (the positions of toy:a), "
-        "got 2048",
+        (
+            "profiles.p.measurements[0].lengths must be at most 1024 (the positions of toy:a), "
+            "got 2048"
+        ),
     ),
     "rule of a measurement": (
         {"measurements": "[{noop: {items: 0}}]"},
@@ -123,8 +125,10 @@ BAD = {
     ),
     "duplicate method": (
         {"methods": "[{fake: {stride: 8}}, {fake: {sweep: {stride: [8, 16]}}}]"},
-        "profiles.p.methods[1] must be without a duplicate of profiles.p.methods[0], "
-        "got fake stride=8 twice",
+        (
+            "profiles.p.methods[1] must be without a duplicate of profiles.p.methods[0], "
+            "got fake stride=8 twice"
+        ),
     ),
     "duplicate in a sweep": (
         {"methods": "[{fake: {sweep: {stride: [8, 8]}}}]"},
@@ -171,7 +175,7 @@ def test_one_bad_value_is_one_fault_with_its_line(plugins, write_manifest, name)
     path = write_manifest(**parts)
     fault = only_fault(path)
     assert expected in fault
-    place, text = fault.split(": ", 1)
+    place, _text = fault.split(": ", 1)
     line = int(place.removeprefix(f"{path}:"))
     # The line is that of the value; where something is missing, that of what lacks it.
     key = next(key for key in parts)
