@@ -59,6 +59,7 @@ class Worker:
         self._loaded: tuple[str, str, str] | None = None
         self._environment: dict[str, dict[str, Any]] = {}
         self._failed_artifacts: dict[str, Exception] = {}
+        self._load_seconds = 0.0
 
     def environment(self, device: str) -> dict[str, Any]:
         """Return what records say of this machine; fixes the number of threads."""
@@ -81,6 +82,7 @@ class Worker:
         """
         folder = self.folder(planned)
         started = time.perf_counter()
+        self._load_seconds = 0.0
         try:
             body = self._measure(planned, folder, progress)
         except (MachineFault, KeyboardInterrupt):
@@ -104,6 +106,7 @@ class Worker:
             **{name: value for name, value in body.items() if name not in ("status", "message")},
             environment=self.environment(planned.cell["device"]),
             created=now(),
+            load_seconds=round(self._load_seconds, 3),
             seconds=round(time.perf_counter() - started, 3),
         )
         folder.write_record(record)
@@ -155,6 +158,7 @@ class Worker:
     def _load(self, cell: Mapping[str, Any]) -> subjects.Subject:
         wanted = (cell["subject"], cell["device"], cell["dtype"])
         if self._subject is None or self._loaded != wanted:
+            started = time.perf_counter()
             self.unload()
             subject = subjects.load(wanted[0], device=wanted[1], dtype=wanted[2])
             if subject.info.revision != cell["subject_revision"]:
@@ -163,6 +167,7 @@ class Worker:
                     f"{subject.info.revision}; it changed after the plan was made, run again"
                 )
             self._subject, self._loaded = subject, wanted
+            self._load_seconds = time.perf_counter() - started
         return self._subject
 
     def _method(self, cell: Mapping[str, Any]) -> tuple[Method | None, Any]:

@@ -117,8 +117,14 @@ class Session:
         """Take in the record of a cell that ran."""
         self.computed += 1
         if record["status"] == "ok" and planned.estimate_seconds > 0:
-            self._speed.append((record.get("seconds", 0.0), planned.estimate_seconds))
+            # A subject loads once for many cells: its time says nothing of the next cell's.
+            seconds = record.get("seconds", 0.0) - record.get("load_seconds", 0.0)
+            self._speed.append((seconds, planned.estimate_seconds))
         self._note(planned, record, cached=False)
+
+    def reuse(self, planned: PlannedCell, record: dict[str, Any]) -> None:
+        """Take in a record that another machine of the cluster has made before."""
+        self._note(planned, record, cached=True)
 
     def settle(self, planned: PlannedCell, status: str, message: str) -> dict[str, Any]:
         """Write and report the record of a cell that a worker did not run to its end."""

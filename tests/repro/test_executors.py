@@ -1,0 +1,319 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from repro import executors, manifest, runner
+from repro.errors import BadInput, MissingResource
+from repro.plan import PlannedCell, make_plan
+from repro.progress import Quiet
+
+METHODS = ("dense", "fake")
+
+
+@pytest.fixture
+def run(plugins, tmp_path, write_manifest):
+    def call(*, fresh=False, budget=None, executor="inline", only=None, **parts):
+        return runner.run(
+            write_manifest(**parts),
+            profile="p",
+            runs=tmp_path / "runs",
+            executor=executor,
+            device="cpu",
+            fresh=fresh,
+            budget=budget,
+            only=only,
+            quiet=True,
+        )
+
+    return call
+
+
+def statuses(outcome):
+    return {
+        record["cell"]["label"].split(" | ", 1)[1]: record["status"] for record in outcome.records
+    }
+
+
+def comparable(outcome):
+    """Return the records without timings, dates and the state of the machine."""
+    told = []
+    for record in outcome.records:
+        told.append(
+            {
+                name: value
+                for name, value in record.items()
+                if name not in ("seconds", "created", "environment")
+            }
+        )
+    return json.dumps(told, sort_keys=True)
+
+
+class TestInline:
+    def test_second_run_reuses_every_record(self, run, plugins):
+        first = run()
+        assert first.counts == {"ok": 2}
+        second = run()
+        assert second.counts == {"cached": 2}
+        assert comparable(first) == comparable(second)
+        assert plugins.loads == 1
+
+    def test_only_what_changed_runs_again(self, run, plugins):
+        run()
+        assert run(methods="[fake, {fake: {stride: 8}}]").counts == {"cached": 2, "ok": 1}
+
+    def test_fresh_computes_again(self, run):
+        run()
+        assert run(fresh=True).counts == {"ok": 2}
+
+    def test_only_keeps_the_index_whole(self, run, tmp_path):
+        from repro.store import RunStore
+
+        assert run(only="dense").counts == {"ok": 1}
+        found = [entry["status"] for entry in RunStore(tmp_path / "runs").records("toy", "p")]
+        assert found == ["ok", "not_run"]
+
+    def test_longer_cells_are_implied_after_an_oom_and_shorter_ones_run(self, run):
+        parts = {"measurements": "[{noop: {tasks: [oom, ok], lengths: [128, 256, 512, 1024]}}]"}
+        expected = {
+            f"{method} | noop oom@{length}": status
+            for method in ("dense", "fake")
+            for length, status in ((128, "ok"), (256, "oom"), (512, "implied"), (1024, "implied"))
+        }
+        outcome = run(**parts)
+        found = statuses(outcome)
+        assert {label: found[label] for label in expected} == expected
+        assert all(status == "ok" for label, status in found.items() if "noop ok" in label)
+        # What was implied by a stored outcome is implied again, not run.
+        again = run(**parts)
+        assert comparable(again) == comparable(outcome)
+        assert again.counts["implied"] == 4
+
+    def test_failed_cells_are_tried_again_and_others_reused(self, run):
+        parts = {"measurements": "[{noop: {tasks: [crash, ok, unsupported]}}]"}
+        first = run(**parts)
+        assert (first.counts, first.exit_code) == ({"crashed": 2, "ok": 2, "unsupported": 2}, 1)
+        assert run(**parts).counts == {"crashed": 2, "cached": 4}
+
+    def test_a_hanging_cell_times_out_and_the_others_run(self, run):
+        outcome = run(measurements="[{noop: {tasks: [hang, ok]}}]", timeout_minutes="0.01")
+        assert outcome.counts == {"timeout": 2, "ok": 2}
+        assert "took longer than 0.6 s" in outcome.records[0]["message"]
+        assert outcome.exit_code == 0
+
+    def test_budget_runs_the_cheapest_comparisons_first(self, run, monkeypatch):
+        parts = {"measurements": "[{noop: {lengths: [1024, 128], tasks: [ok, nan]}}]"}
+        order = []
+        real = executors.Session.settled_without_running
+
+        def spy(session, planned):
+            order.append(planned.label.split(" | ", 1)[1])
+            # The clock moves by what the cells are estimated to take, on a fresh session by 0.
+            session.deadline = time.monotonic() + (3.5 if len(order) < 7 else 0.0)
+            return real(session, planned)
+
+        monkeypatch.setattr(executors.Session, "settled_without_running", spy)
+        monkeypatch.setattr(executors.Session, "pace", lambda session: 1.0)
+        outcome = run(budget="1h", **parts)
+        cheap = [f"{method} | noop {task}@128" for task in ("ok", "nan") for method in METHODS]
+        assert order[:4] == cheap
+        found = statuses(outcome)
+        assert [found[label] for label in cheap] == ["ok", "ok", "numerical", "numerical"]
+        assert [status for label, status in found.items() if "@1024" in label] == ["not_run"] * 4
+        messages = [record["message"] for record in outcome.records[-4:]]
+        assert all("budget spent: needs about 8 s" in text for text in messages)
+        monkeypatch.undo()
+
+    def test_what_the_budget_left_out_runs_next_time(self, run):
+        assert run(budget="0.000001s").counts == {"not_run": 2}
+        assert run(budget="1h").counts == {"ok": 2}
+
+    def test_pace_leaves_the_loading_out(self):
+        session = executors.Session(None, (), None, "", Quiet())
+        assert session.pace() == 1.0
+        cell = {"measurement": {"options": {}}}
+        planned = PlannedCell(key="a", cell=cell, estimate_seconds=2.0)
+        session.finish(planned, {"status": "ok", "seconds": 30.0, "load_seconds": 20.0})
+        assert session.pace() == 5.0
+
+    def test_ctrl_c_leaves_a_run_that_goes_on(self, run, tmp_path):
+        parts = {"measurements": "[{noop: {tasks: [ok, interrupt]}}]"}
+        with pytest.raises(KeyboardInterrupt):
+            run(**parts)
+        assert len(list((tmp_path / "runs").rglob("record.json"))) == 2
+        lines = [path.read_bytes() for path in (tmp_path / "runs").rglob("items.jsonl")]
+        assert len(lines) == 3
+        with pytest.raises(KeyboardInterrupt):
+            run(**parts)  # the folder's lock is free again
+
+    def test_missing_weights(self, run):
+        outcome = run(subjects="[toy:a, toy:absent]")
+        assert outcome.counts == {"ok": 2, "not_run": 2}
+        assert "fetch absent" in outcome.records[-1]["message"]
+        with pytest.raises(MissingResource, match="fetch absent"):
+            run(subjects="[toy:absent]")
+
+    def test_missing_gpu(self, run):
+        with pytest.raises(MissingResource, match="asks for 1 GPU; this machine has none"):
+            run(resources="{gpus: 1}")
+
+    def test_corrupt_record_and_items_are_redone_to_the_same(self, run, tmp_path, plugins):
+        first = run()
+        [record, _] = sorted((tmp_path / "runs").rglob("record.json"))
+        record.write_bytes(record.read_bytes()[:100])
+        items = record.with_name("items.jsonl")
+        lines = items.read_bytes().splitlines(keepends=True)
+        items.write_bytes(b"".join([lines[0], b"{torn\n", *lines[2:-1], lines[-1][:9]]))
+        second = run()
+        assert second.counts == {"cached": 1, "ok": 1}
+        assert comparable(first) == comparable(second)
+        assert (record.parent / "record.json.corrupt").exists()
+        assert (record.parent / "items.jsonl.corrupt").exists()
+
+
+def test_unknown_executor(run, plugins):
+    with pytest.raises(BadInput, match="--executor: .* got rya; did you mean ray"):
+        run(executor="rya")
+
+
+@pytest.mark.parametrize("text", ["", "0m", "ten", "5d", "-3s"])
+def test_bad_budget(text):
+    with pytest.raises(BadInput, match="--budget"):
+        runner.parse_duration(text)
+
+
+def test_durations():
+    assert [runner.parse_duration(text) for text in ("90", "90s", "10m", "1.5h")] == [
+        90,
+        90,
+        600,
+        5400,
+    ]
+
+
+def test_auto_takes_ray_only_where_it_schedules_something(plugins, write_manifest):
+    pytest.importorskip("ray")
+    one = make_plan(manifest.load(write_manifest()), "p", device="cpu")
+    two = make_plan(manifest.load(write_manifest(subjects="[toy:a, toy:b]")), "p", device="cpu")
+    assert executors.choose(one, address=None) == "inline"
+    assert executors.choose(one, address="auto") == "ray"
+    assert executors.choose(two, address=None) == "ray"
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def command(path, runs, *more):
+    base = [sys.executable, "-m", "repro", "run", str(path), "--profile", "p", "--no-report"]
+    return [*base, "--runs", str(runs), "--device", "cpu", *more]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_driver_resumes_to_the_same_records(
+    plugins, write_manifest, tmp_path, run, number
+):
+    parts = {"measurements": "[{noop: {lengths: [128, 256], items: 12, pause: 0.05}}]"}
+    path = write_manifest(**parts)
+    process = subprocess.Popen(
+        command(path, tmp_path / "killed", "--executor", "inline"),
+        env=plugins.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    killed = tmp_path / "killed"
+    wait_for(lambda: len(list(killed.rglob("record.json"))) >= 2)
+    wait_for(lambda: len(list(killed.rglob("items.jsonl"))) >= 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 130
+        assert "Go on with: repro run" in errors
+        assert "Traceback" not in errors
+    assert len(list(killed.rglob("record.json"))) < 4
+    resumed = runner.run(path, profile="p", runs=killed, executor="inline", device="cpu")
+    assert resumed.counts["cached"] >= 2
+    undisturbed = run(**parts)
+    assert comparable(resumed) == comparable(undisturbed)
+    assert items_of(killed) == items_of(tmp_path / "runs")
+
+
+def items_of(runs):
+    return {path.relative_to(runs): path.read_bytes() for path in runs.rglob("items.jsonl")}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are killed by signal")
+class TestRay:
+    """One local cluster for all: its start costs seconds."""
+
+    def test_dead_actor_hung_cell_and_crash_spoil_nothing_else(
+        self, plugins, write_manifest, tmp_path, monkeypatch
+    ):
+        pytest.importorskip("ray")
+        monkeypatch.setenv("PYTHONPATH", plugins.environment["PYTHONPATH"])
+        marker = tmp_path / "marker"
+        tasks = f"tasks: [ok, kill_once, stuck, crash, oom], marker: {marker}, lengths: [128, 256]"
+        path = write_manifest(
+            subjects="[toy:a, toy:b]",
+            methods="[dense]",
+            measurements=f"[{{noop: {{{tasks}}}}}]",
+            timeout_minutes="0.03",
+        )
+        outcome = runner.run(
+            path, profile="p", runs=tmp_path / "runs", executor="ray", device="cpu", quiet=True
+        )
+        found = statuses(outcome)
+        for length in (128, 256):
+            assert found[f"dense | noop ok@{length}"] == "ok"
+            assert found[f"dense | noop kill_once@{length}"] == "ok"
+            assert found[f"dense | noop stuck@{length}"] == "timeout"
+            assert found[f"dense | noop crash@{length}"] == "crashed"
+        assert found["dense | noop oom@256"] == "oom"
+        assert marker.exists()
+        import ray
+
+        assert not ray.is_initialized()
+        # The inline executor finds what Ray left, and computes the same.
+        inline = runner.run(
+            write_manifest(
+                subjects="[toy:a, toy:b]",
+                methods="[dense]",
+                measurements=f"[{{noop: {{tasks: [ok, kill_once], marker: {marker}}}}}]",
+            ),
+            profile="p",
+            runs=tmp_path / "runs",
+            executor="inline",
+            device="cpu",
+        )
+        assert inline.counts == {"cached": 4}
+
+    def test_a_killed_driver_resumes(self, plugins, write_manifest, tmp_path, run):
+        pytest.importorskip("ray")
+        parts = {
+            "subjects": "[toy:a, toy:b]",
+            "methods": "[dense]",
+            "measurements": "[{noop: {lengths: [128, 256, 512], items: 12, pause: 0.1}}]",
+        }
+        path = write_manifest(**parts)
+        killed = tmp_path / "killed"
+        process = subprocess.Popen(
+            command(path, killed, "--executor", "ray"),
+            env=plugins.environment,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for(lambda: len(list(killed.rglob("record.json"))) >= 1)
+        process.kill()
+        process.wait()
+        resumed = runner.run(path, profile="p", runs=killed, executor="inline", device="cpu")
+        assert resumed.counts["cached"] >= 1
+        assert comparable(resumed) == comparable(run(**parts))
+        assert items_of(killed) == items_of(tmp_path / "runs")
