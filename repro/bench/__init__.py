@@ -1,0 +1,178 @@
+"""The bench runner: kernel suites (``kernels/<name>/bench.py``) and the modules of this folder.
+
+A module ``repro/bench/<name>.py`` offers ``HELP: str`` and ``run(*, quick, console) -> dict``.
+Kernel benches need torch, triton and, for the table alone, Rich.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from repro.errors import BadInput, Fault, MachineFault, near_matches
+
+_NOT_BENCHES = {"suite"}
+
+
+def kernel_names() -> list[str]:
+    """Return the kernels that have a bench."""
+    from repro import kernels
+
+    return sorted(
+        module.name
+        for module in pkgutil.iter_modules(kernels.__path__)
+        if module.ispkg and importlib.util.find_spec(f"repro.kernels.{module.name}.bench")
+    )
+
+
+def module_names() -> list[str]:
+    """Return the benches of the suite itself."""
+    return sorted(
+        module.name
+        for module in pkgutil.iter_modules(__path__)
+        if module.name not in _NOT_BENCHES and not module.name.startswith("_")
+    )
+
+
+def names() -> list[str]:
+    """Return everything that ``run`` accepts."""
+    return sorted({*kernel_names(), *module_names()})
+
+
+def run(
+    chosen: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    quick: bool = False,
+    console: Any = None,
+) -> dict[str, Any]:
+    """Run benches, print a table for each, and return everything, JSON-able.
+
+    Args:
+        chosen: Names; none means every kernel.
+        device: ``cpu`` or ``cuda``; without a CUDA device its cases are listed as not run.
+        quick: Fewer and smaller cases, shorter timing.
+        console: Rich console to print to, or None.
+
+    Returns:
+        ``environment``, ``quick``, ``rows`` (one per kernel case x implementation) and
+        ``benches`` (name -> what the module returned).
+
+    Raises:
+        BadInput: If a name is unknown, or the device is neither cpu nor cuda.
+    """
+    _check(chosen, device)
+    from repro import environment
+
+    environment.set_threads()
+    rows: list[dict[str, Any]] = []
+    benches: dict[str, Any] = {}
+    for name in chosen or kernel_names():
+        if name in kernel_names():
+            rows += _run_kernel(name, device, quick, console)
+        else:
+            module = importlib.import_module(f"repro.bench.{name}")
+            benches[name] = module.run(quick=quick, console=console)
+    here = environment.capture(device if _has(device) else "cpu")
+    stamp = {
+        "environment_id": here["environment_id"],
+        "quick": quick,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return {
+        "environment": here,
+        "quick": quick,
+        "rows": [row | stamp for row in rows],
+        "benches": benches,
+    }
+
+
+def write_records(results: Mapping[str, Any], path: str | Path = "results/kernels") -> Path | None:
+    """Merge the rows of a run into ``<path>/records/<environment_id>.jsonl``.
+
+    A row replaces the one of the same kernel, case and implementation; rows that were not run
+    are left out, so that a machine without a GPU never erases what one with a GPU measured.
+
+    Returns:
+        The file, or None if there was nothing to write.
+    """
+    measured = [row for row in results["rows"] if row["status"] != "not_run"]
+    if not measured:
+        return None
+    here = results["environment"]
+    target = Path(path) / "records" / f"{here['environment_id']}.jsonl"
+    merged = {_identity(row): row for row in _read_rows(target)}
+    merged |= {_identity(row): row | {"environment": here} for row in measured}
+    text = "".join(
+        json.dumps(merged[key], sort_keys=True, allow_nan=False) + "\n" for key in sorted(merged)
+    )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
+        ) as stream:
+            stream.write(text)
+        os.chmod(stream.name, 0o644)
+        os.replace(stream.name, target)
+    except OSError as error:
+        raise MachineFault(f"bench: cannot write {target}: {error.strerror}") from error
+    return target
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["kernel"], row["case"], row["implementation"]
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise BadInput(Fault(f"{path}:{number}", "a record", "one JSON object", line)) from None
+    return rows
+
+
+def _run_kernel(name: str, device: str, quick: bool, console: Any) -> list[dict[str, Any]]:
+    from repro.bench import _run, _table
+
+    suite = importlib.import_module(f"repro.kernels.{name}.bench").SUITE
+    if _has(device):
+        import torch
+
+        rows = list(_run.run_suite(suite, torch.device(device), quick=quick))
+    else:
+        rows = _run.rows_without_device(suite, device, quick, "needs a CUDA device")
+    _table.show(f"{name} on {device}", rows, console)
+    return rows
+
+
+def _has(device: str) -> bool:
+    if device == "cpu":
+        return True
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _check(chosen: Iterable[str], device: str) -> None:
+    known = names()
+    faults = [
+        Fault("bench", "a name", "a known bench", name, near_matches(name, known))
+        for name in chosen
+        if name not in known
+    ]
+    if device not in ("cpu", "cuda"):
+        faults.append(Fault("bench", "device", "cpu or cuda", device))
+    if faults:
+        raise BadInput(faults)
