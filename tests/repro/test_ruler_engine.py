@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 
-from repro.errors import BadInput
+from repro.errors import UnsupportedCombination
 from repro.measurements.ruler import decoding, engine
 from repro.measurements.ruler.decoding import decode_batch, encode
 from repro.measurements.ruler.engine import StoredLM, merge_stats, plan_batches
@@ -247,7 +247,7 @@ def test_nan_is_a_numerical_fault_and_stores_nothing(subject, monkeypatch):
 def test_prompts_beyond_the_positions_are_refused_before_anything_runs(subject, monkeypatch):
     short = replace(subject, info=replace(subject.info, max_length=40))
     monkeypatch.setattr(engine, "decode_batch", None)
-    with pytest.raises(BadInput, match="at most the 40 positions of random:tiny, got 60"):
+    with pytest.raises(UnsupportedCombination, match="at most the 40 positions of random:tiny, got 60"):
         model_of(cell_context(short, {})).generate_until(requests_for(TEXTS))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from repro import measurements
-from repro.errors import BadInput, UnsupportedCombination
+from repro.errors import UnsupportedCombination
 from repro.measurements import ruler
 from repro.measurements.ruler import decoding, harness
 from repro.measurements.ruler.generate import generate_items
@@ -238,8 +238,8 @@ def test_nothing_is_printed(subject, capfd):
     assert (shown.out, shown.err) == ("", "")
 
 
-def test_a_length_too_short_for_the_task_is_bad_input(subject):
-    with pytest.raises(BadInput, match="long enough for qa_2"):
+def test_a_length_too_short_for_the_task_is_unsupported(subject):
+    with pytest.raises(UnsupportedCombination, match="length must leave qa_2 at least"):
         ruler.run(cell_context(subject, cell("qa_2", lengths=[64])))
 
 

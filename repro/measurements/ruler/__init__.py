@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from repro.errors import BadInput, Fault, UnsupportedCombination
+from repro.errors import UnsupportedCombination
 from repro.measurements import CellContext, Measurement
 from repro.measurements.ruler.options import RulerOptions, estimate_seconds, expand
 
@@ -23,10 +23,10 @@ def run(context: CellContext) -> dict[str, Any]:
     """Run one cell: its items through lm-eval, stored batch by batch, then scored.
 
     Raises:
-        BadInput: If a prompt does not fit the model, or the task does not fit the length.
         MissingResource: If ``source: hub`` cannot fetch its packages or data.
         FloatingPointError: If the model gave NaN.
-        UnsupportedCombination: If the subject has no tokenizer.
+        UnsupportedCombination: If the subject has no tokenizer, a prompt does not fit its
+            positions, or the task does not fit the length.
     """
     from repro.measurements.ruler.engine import StoredLM
     from repro.measurements.ruler.harness import run_task
@@ -78,9 +78,7 @@ def _load(context: CellContext) -> tuple[Any, list[dict[str, Any]]]:
     try:
         items = generate_items(options["task"], split="evaluation", **wanted)
     except ValueError as error:
-        rule = f"long enough for {options['task']} with this tokenizer"
-        fault = Fault("ruler", "lengths", rule, options["length"], str(error))
-        raise BadInput(fault) from error
+        raise UnsupportedCombination(f"ruler: {error}") from error
     documents = [
         {
             "key": item.key,

@@ -14,7 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from repro.errors import BadInput, Fault
+from repro.errors import UnsupportedCombination
 from repro.keys import jsonable
 from repro.measurements import CellContext
 from repro.measurements.ruler.decoding import Generation, decode_batch, encode
@@ -100,14 +100,10 @@ class StoredLM(LM):
         longest = max(prompt.numel() for prompt in prompts) + self._max_new_tokens
         info = self._context.subject.info
         if longest > info.max_length:
-            raise BadInput(
-                Fault(
-                    "ruler",
-                    "the longest prompt with its new tokens",
-                    f"at most the {info.max_length} positions of {info.name}",
-                    longest,
-                    "lower `lengths` or `max_new_tokens`",
-                )
+            raise UnsupportedCombination(
+                "ruler: the longest prompt with its new tokens must be at most the "
+                f"{info.max_length} positions of {info.name}, got {longest}; "
+                "lower `lengths` or `max_new_tokens`"
             )
 
     def _compute(
