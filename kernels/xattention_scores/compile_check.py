@@ -1,0 +1,44 @@
+"""Specialisations of the Triton kernel that are compiled for GPUs which need not be present."""
+
+from __future__ import annotations
+
+from repro.kernel_compile import CompileCase
+from repro.kernels.xattention_scores.kernel import _xattention_scores_fwd_kernel, tile_sizes
+
+_INTEGERS = (
+    "heads n_rep tokens_q tokens_k groups_q groups_k count_q count_k offset head_dim "
+    "stride_qb stride_qh stride_qt stride_qd stride_kb stride_kh stride_kt stride_kd"
+).split()
+
+
+def _case(head_dim: int, stride: int, block_size: int, causal: bool, padded: bool) -> CompileCase:
+    per_block = block_size // stride
+    tile = tile_sizes(per_block, head_dim)
+    launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    bytes_ = dict.fromkeys(("real_q_ptr", "real_k_ptr", "row_real_ptr", "column_real_ptr"), "*u8")
+    pointers = {"q_ptr": "*bf16", "k_ptr": "*bf16", "order_ptr": "*i32", "mass_ptr": "*fp32"}
+    return CompileCase(
+        name=f"d{head_dim}_s{stride}_b{block_size}"
+        + ("_causal" if causal else "")
+        + ("_padded" if padded else ""),
+        fn=_xattention_scores_fwd_kernel,
+        signature={**pointers, **bytes_, **dict.fromkeys(_INTEGERS, "i32"), "scale_log2": "fp32"},
+        constants={
+            "STRIDE": stride,
+            "PER_BLOCK": per_block,
+            **tile,
+            "CAUSAL": causal,
+            "PADDED": padded,
+            "PRECISION": "tf32",
+        },
+        **launch,
+    )
+
+
+def cases() -> list[CompileCase]:
+    """Return the shapes of the paper and the extremes."""
+    return [
+        _case(128, 16, 128, True, False),
+        _case(96, 4, 128, False, True),
+        _case(256, 16, 128, True, False),
+    ]
