@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import random
 import time
@@ -11,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import rich.progress
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from repro.training import Progress, TrainingConfig, train
+from repro import zoo
+from repro.training import Hook, Progress, TrainingConfig, train
+from repro.zoo.retriever.card import CARD_ITEMS, CARD_LENGTHS, measure, write_card
 from repro.zoo.retriever.examples import MIXTURE, Example, make_example
 from repro.zoo.retriever.initial import initial_model, retriever_config
 from repro.zoo.retriever.tokenizer import build_tokenizer
@@ -23,6 +28,7 @@ VOCAB_SIZE = 1536
 SEED = 20
 # Weight of the mean loss on text that is no answer, beside the mean loss on answers.
 TEXT_WEIGHT = 0.25
+LOG_EVERY = 25
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ STAGES = (
     Stage("medium", 500, ((6, 256), (4, 512), (2, 1024), (1, 2048)), 8e-4, 100),
     Stage("long", 300, ((2, 512), (2, 1024), (1, 2048), (1, 4096)), 5e-4, 300),
 )
+# The lower bar of the quick recipe: NIAH singles and the first multikey task at 1024 tokens.
+QUICK_STAGES = (Stage("quick", 200, ((12, 256), (5, 512), (1, 1024)), 8e-4, 80),)
 
 
 @dataclass(frozen=True)
@@ -99,15 +107,19 @@ class Meter:
         self.total: dict[str, int] = defaultdict(int)
         self.text_loss: list[float] = []
         self.tokens = 0
+        self.start = time.monotonic()
 
     def take(self) -> dict[str, float]:
-        """Return the shares and start again."""
+        """Return seconds, tokens, shares and loss on text since the last call."""
+        now = time.monotonic()
+        spent = {"seconds": round(now - self.start, 1), "tokens": self.tokens}
+        self.start, self.tokens = now, 0
         shares = {k: round(self.right[k] / n, 4) for k, n in sorted(self.total.items()) if n}
         text_loss = float(np.mean(self.text_loss)) if self.text_loss else float("nan")
         self.right.clear()
         self.total.clear()
         self.text_loss.clear()
-        return {**shares, "text_loss": round(text_loss, 4)}
+        return {**spent, **shares, "text_loss": round(text_loss, 4)}
 
 
 def make_loss(device: torch.device, meter: Meter) -> Callable[[torch.nn.Module, Batch], torch.Tensor]:
@@ -138,44 +150,35 @@ def make_loss(device: torch.device, meter: Meter) -> Callable[[torch.nn.Module, 
 
 def train_retriever(
     folder: Path,
+    stages: tuple[Stage, ...],
     *,
-    stages: tuple[Stage, ...] = STAGES,
-    resume: bool = True,
-    device: torch.device | None = None,
+    resume: bool,
+    device: torch.device,
+    say: Callable[[str], None],
+    advance: Callable[[int], None] = lambda steps: None,
     seed: int = SEED,
-    say: Callable[[str], None] = print,
-    log_every: int = 25,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Run all stages and return the trained model; checkpoints and the log go to ``folder``."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Run all stages and return the trained model; checkpoints and ``log.jsonl`` go to ``folder``.
+
+    Args:
+        folder: Gets one folder of checkpoints per stage.
+        stages: What to run, in order.
+        resume: Go on from the checkpoints in ``folder``.
+        device: Where to train.
+        say: Receives a line of progress now and then.
+        advance: Receives the steps done so far in all stages.
+        seed: Fixes initial weights and data.
+    """
     tokenizer = build_tokenizer()
     config = retriever_config(VOCAB_SIZE, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
     model = initial_model(config, seed=seed).to(device)
     folder.mkdir(parents=True, exist_ok=True)
+    before = 0
     for stage in stages:
         meter = Meter()
-        start = time.monotonic()
-
-        def log(progress: Progress, stage=stage, meter=meter, start=start) -> None:
-            if progress.step % log_every and progress.step != stage.steps:
-                return
-            row = {
-                "stage": stage.name,
-                "step": progress.step,
-                "seconds": round(time.monotonic() - start, 1),
-                "tokens": meter.tokens,
-                "loss": round(progress.loss, 4),
-                "norm": round(progress.gradient_norm, 3),
-                "rate": progress.learning_rate,
-                **meter.take(),
-            }
-            with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            say(json.dumps(row))
-
         train(
             model,
-            lambda step, stage=stage: make_batches(stage, step, tokenizer, seed=seed),
+            functools.partial(make_batches, stage, tokenizer=tokenizer, seed=seed),
             make_loss(device, meter),
             TrainingConfig(
                 steps=stage.steps,
@@ -185,12 +188,90 @@ def train_retriever(
             ),
             folder=folder / stage.name,
             resume=resume,
-            hooks=(log,),
+            hooks=(_logger(folder, stage, meter, say, before, advance),),
         )
-    model.eval()
-    return model, tokenizer
+        before += stage.steps
+    return model.eval(), tokenizer
+
+
+def _logger(
+    folder: Path,
+    stage: Stage,
+    meter: Meter,
+    say: Callable[[str], None],
+    before: int,
+    advance: Callable[[int], None],
+) -> Hook:
+    def log(progress: Progress) -> None:
+        advance(before + progress.step)
+        if progress.step % LOG_EVERY and progress.step != stage.steps:
+            return
+        row = {
+            "stage": stage.name,
+            "step": progress.step,
+            "loss": round(progress.loss, 4),
+            "norm": round(progress.gradient_norm, 3),
+            "rate": progress.learning_rate,
+            **meter.take(),
+        }
+        with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        say(f"{stage.name} {progress.step}/{stage.steps}: loss {progress.loss:.3f}")
+
+    return log
+
+
+def run(
+    folder: Path,
+    *,
+    quick: bool = False,
+    resume: bool = True,
+    device: str = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Train, export and measure the retriever; return the folder of the exported model.
+
+    Args:
+        folder: Gets checkpoints, log and, in ``model``, the exported model with its card.
+        quick: Run ``QUICK_STAGES`` and measure few items.
+        resume: Go on from what ``folder`` holds.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<n>``.
+        progress: Receives lines; by default a Rich bar is shown.
+    """
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(chosen if device == "auto" else device)
+    stages = QUICK_STAGES if quick else STAGES
+    with contextlib.ExitStack() as stack:
+        advance: Callable[[int], None] = lambda steps: None  # noqa: E731
+        say = progress
+        if say is None:
+            bar = stack.enter_context(rich.progress.Progress())
+            task = bar.add_task("retriever", total=sum(stage.steps for stage in stages))
+            advance = lambda steps: bar.update(task, completed=steps)  # noqa: E731
+            say = lambda line: bar.update(task, description=line)  # noqa: E731
+        model, tokenizer = train_retriever(
+            folder, stages, resume=resume, device=place, say=say, advance=advance
+        )
+        target = folder / "model"
+        export(model, tokenizer, target)
+        lengths, count = ((1024,), 5) if quick else (CARD_LENGTHS, CARD_ITEMS)
+        measure(target, folder, lengths=lengths, count=count, device=place, say=say)
+    write_card(target, folder)
+    return target
+
+
+def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
+    """Write weights in bfloat16, tokenizer, configurations and checksums to ``target``."""
+    target.mkdir(parents=True, exist_ok=True)
+    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    copy.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    zoo.write_checksums(target)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
-    train_retriever(Path("runs/zoo/retriever"))
+    run(Path("runs/zoo/retriever"), progress=functools.partial(print, flush=True))

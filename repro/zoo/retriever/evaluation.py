@@ -1,0 +1,130 @@
+"""Measure the retriever: RULER scores by generation, perplexity, and what each head looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from repro.measurements.ruler.generate import Item, generate_items
+from repro.measurements.ruler.lexicon import Split
+from repro.measurements.ruler.scoring import item_score
+from repro.measurements.ruler.tasks import TASKS
+from repro.zoo.retriever.examples import make_example
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An item with what the model said and its score in [0, 1]."""
+
+    item: Item
+    text: str
+    score: float
+
+
+@torch.no_grad()
+def answer(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    items: Sequence[Item],
+    *,
+    batch_size: int = 8,
+) -> list[Answered]:
+    """Continue each prompt greedily, in left-padded batches, and score it."""
+    answered = []
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        inputs = tokenizer(
+            [item.prompt for item in batch], return_tensors="pt", padding=True, padding_side="left"
+        )
+        output = model.generate(
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
+            max_new_tokens=max(TASKS[item.task].max_new_tokens for item in batch),
+            do_sample=False,
+        )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        for item, text in zip(
+            batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+        ):
+            score = item_score(TASKS[item.task].metric, text, item.answers)
+            answered.append(Answered(item, text, score))
+    return answered
+
+
+def ruler_scores(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    split: Split = "evaluation",
+    tasks: Sequence[str] = tuple(TASKS),
+) -> dict[str, list[Answered]]:
+    """Return the answered items of each task at one length."""
+    found = {}
+    for task in tasks:
+        items = generate_items(
+            task, length=length, count=count, seed=seed, tokenizer=tokenizer, split=split
+        )
+        found[task] = answer(model, tokenizer, items, batch_size=max(1, 16384 // length))
+    return found
+
+
+@torch.no_grad()
+def perplexity(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    length: int,
+    count: int,
+    seed: str = "perplexity",
+) -> float:
+    """Return exp of the mean loss per token on prose that no training step saw."""
+    nats, tokens = 0.0, 0
+    for index in range(count):
+        example = make_example(
+            "prose", length=length, seed=f"{seed}/{index}", tokenizer=tokenizer
+        )
+        ids = torch.from_numpy(example.ids)[None].to(model.device)
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    return float(torch.tensor(nats / tokens).exp())
+
+
+@torch.no_grad()
+def head_profile(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, length: int, count: int
+) -> dict[str, torch.Tensor]:
+    """Return three numbers for each head, each ``[layers, H]``, as means over prompts.
+
+    ``local`` is the attention within the last 8 tokens (over all queries), ``first`` that on the
+    first token, ``retrieval`` that on the needle's value when its first token is predicted.
+    """
+    items = generate_items(
+        "niah_multikey_1", length=length, count=count, seed=11, tokenizer=tokenizer
+    )
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    sums: dict[str, Any] = {"local": 0, "first": 0, "retrieval": 0}
+    try:
+        for item in items:
+            ids = torch.tensor(tokenizer.encode(item.prompt))
+            first = tokenizer.encode(" " + item.answers[0])[:2]
+            pairs = torch.stack([ids[:-1], ids[1:]], dim=1)
+            place = (pairs == torch.tensor(first)).all(1).nonzero()[0].item()
+            output = model(input_ids=ids[None].to(model.device), output_attentions=True)
+            maps = torch.stack([a[0].float().cpu() for a in output.attentions])  # [L, H, T, T]
+            distance = torch.arange(len(ids))[:, None] - torch.arange(len(ids))[None]
+            near = (distance >= 0) & (distance < 8)
+            sums["local"] = sums["local"] + (maps * near).sum(-1)[..., 32:].mean(-1)
+            sums["first"] = sums["first"] + maps[..., 32:, 0].mean(-1)
+            sums["retrieval"] = sums["retrieval"] + maps[..., -1, place]
+    finally:
+        model.set_attn_implementation(previous)
+    return {name: total / len(items) for name, total in sums.items()}
