@@ -15,6 +15,7 @@ place that ``each`` names, and then with the value's own ``where``::
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -186,20 +187,26 @@ class Paper:
 
 def paper_path(slug: str) -> Path | None:
     """Return where a method's ``paper.yaml`` lies, None if it has none; imports no method."""
+    package = importlib.import_module("repro.methods")
+    folders = [Path(place) / slug for place in package.__path__]
     source = registry.sources().get(slug)
-    if source is None:
-        return None
-    try:
-        spec = importlib.util.find_spec(source.module)
-    except (ImportError, ValueError):
-        return None
-    if spec is None:
-        return None
-    folders = [Path(place) for place in spec.submodule_search_locations or []]
-    if spec.origin and not folders:
-        folders = [Path(spec.origin).parent]
+    if source is not None:
+        folders += _module_folders(source.module)
     paths = [folder / "paper.yaml" for folder in folders]
     return next((path for path in paths if path.is_file()), None)
+
+
+def _module_folders(name: str) -> list[Path]:
+    """Return the folders of a module of another distribution."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    if spec is None:
+        return []
+    if spec.submodule_search_locations:
+        return [Path(place) for place in spec.submodule_search_locations]
+    return [Path(spec.origin).parent] if spec.origin else []
 
 
 def for_method(slug: str) -> Paper:

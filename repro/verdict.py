@@ -57,6 +57,7 @@ class Verdict:
         reason: One short sentence.
         explanation: Arithmetic behind a latency verdict, "" for others.
         cells: Labels of the cells that it rests on.
+        contradiction: True if the records of one model disagree with each other.
     """
 
     claim: Claim
@@ -67,11 +68,16 @@ class Verdict:
     profile: str = ""
     environment: str = ""
     cells: tuple[str, ...] = ()
+    contradiction: bool = False
 
     @property
     def broken(self) -> bool:
-        """True for a proxy claim that the records contradict or cannot support."""
-        return self.claim.proxy and self.verdict in (NOT_REPRODUCED, INVALID)
+        """True for a proxy claim that the records contradict.
+
+        A cell that calls itself invalid (a noisy machine, say) breaks nothing; one that computed
+        something else than the scored model does.
+        """
+        return self.claim.proxy and (self.verdict == NOT_REPRODUCED or self.contradiction)
 
     def row(self) -> dict[str, Any]:
         """Return everything as one JSON-able row."""
@@ -218,7 +224,7 @@ def _judge_exact(claim: Claim, exact: Sequence[Record], records: Evidence) -> Ve
     for record in good:
         clash = density_clash(record, records)
         if clash:
-            return Verdict(claim, INVALID, clash)
+            return Verdict(claim, INVALID, clash, contradiction=True)
     variants: dict[evidence.Variant, list[Record]] = {}
     for record in good:
         variants.setdefault(evidence.variant_of(record), []).append(record)
