@@ -102,8 +102,8 @@ def write_card(model_folder: Path, folder: Path) -> None:
     _picture(profile, model_folder / PICTURE)
     text = _CARD.format(
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
-        tokens=f"{_trained(folder, "tokens") / 1e6:.1f} million",
-        minutes=f"{_trained(folder, "seconds") / 60:.0f}",
+        tokens=f"{_trained(folder, 'tokens') / 1e6:.1f} million",
+        minutes=f"{_trained(folder, 'seconds') / 60:.0f}",
         scores=_score_table(table),
         bar=_bar_lines(table),
         depths=_depth_table(by_depth),
