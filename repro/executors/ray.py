@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 INFRA_TRIES = 2  # how often a cell is started whose machine fails
+READY_TRIES = 5  # starts of a process before its machine counts as broken
 POLL_SECONDS = 0.2
 OBJECT_STORE_BYTES = 100 * 2**20  # records travel, tensors do not
 
@@ -48,7 +49,13 @@ def execute(session: Session) -> None:
     pending = session.pending()
     if not pending:
         return
-    with _cluster(ray, session.address):
+    # Ray prints the death of a worker to standard output, where tables and JSON go; the session
+    # tells it in one line.
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        _cluster(ray, session.address),
+    ):
         actor_class = _actor_class(ray, session)
         groups = [_Group(ray, actor_class, session, cells) for cells in by_subject(pending)]
         try:
@@ -174,7 +181,7 @@ class _Group:
     def watch(self) -> None:
         """Show how far the running cell is, and end it when its time is over."""
         if self.current is None:
-            return
+            return  # groups wait for one another's resources as long as it takes
         limit = self.session.plan.timeout_seconds
         if time.monotonic() - self._began > limit:
             planned, self.current, self.call = self.current, None, None
@@ -208,11 +215,9 @@ class _Group:
         self.machine = None
         self._progress_call = None
         if planned is None:
-            self.tries[""] = self.tries.get("", 0) + 1
-            if self.tries[""] >= INFRA_TRIES:
-                for cell in self.cells:
-                    self.session.settle(cell, "infra", f"no worker could be started: {reason}")
-                self.cells = []
+            for cell in self.cells:
+                self.session.settle(cell, "infra", f"no worker could be started: {reason}")
+            self.cells = []
         elif "low on memory" in str(error):
             self.session.settle(planned, "oom", "the machine ran low on memory")
         elif self.tries[planned.key] < INFRA_TRIES:
@@ -277,8 +282,11 @@ def _actor_class(ray: Any, session: Session) -> Any:
         "max_task_retries": 0,
         "runtime_env": {"env_vars": variables},
     }
-    watched = ray.method(concurrency_group="watch")
-    members = {"progress": watched(CellActor.progress)}
+    members = {
+        "progress": ray.method(concurrency_group="watch")(CellActor.progress),
+        # Waits through a restart; running a cell again is the driver's decision alone.
+        "ready": ray.method(max_task_retries=READY_TRIES)(CellActor.ready),
+    }
     remote = ray.remote(concurrency_groups={"watch": 1})(type("Cells", (CellActor,), members))
     return remote.options(**options)
 

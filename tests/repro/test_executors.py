@@ -47,7 +47,7 @@ def comparable(outcome):
             {
                 name: value
                 for name, value in record.items()
-                if name not in ("seconds", "created", "environment")
+                if name not in ("seconds", "load_seconds", "created", "environment")
             }
         )
     return json.dumps(told, sort_keys=True)
@@ -261,23 +261,20 @@ class TestRay:
         pytest.importorskip("ray")
         monkeypatch.setenv("PYTHONPATH", plugins.environment["PYTHONPATH"])
         marker = tmp_path / "marker"
-        tasks = f"tasks: [ok, kill_once, stuck, crash, oom], marker: {marker}, lengths: [128, 256]"
         path = write_manifest(
-            subjects="[toy:a, toy:b]",
             methods="[dense]",
-            measurements=f"[{{noop: {{{tasks}}}}}]",
-            timeout_minutes="0.03",
+            measurements=f"[{{noop: {{tasks: [kill_once, stuck, crash, ok], marker: {marker}}}}}]",
+            timeout_minutes="0.05",
         )
         outcome = runner.run(
             path, profile="p", runs=tmp_path / "runs", executor="ray", device="cpu", quiet=True
         )
-        found = statuses(outcome)
-        for length in (128, 256):
-            assert found[f"dense | noop ok@{length}"] == "ok"
-            assert found[f"dense | noop kill_once@{length}"] == "ok"
-            assert found[f"dense | noop stuck@{length}"] == "timeout"
-            assert found[f"dense | noop crash@{length}"] == "crashed"
-        assert found["dense | noop oom@256"] == "oom"
+        assert statuses(outcome) == {
+            "dense | noop kill_once@128": "ok",
+            "dense | noop stuck@128": "timeout",
+            "dense | noop crash@128": "crashed",
+            "dense | noop ok@128": "ok",
+        }
         assert marker.exists()
         import ray
 
@@ -285,7 +282,6 @@ class TestRay:
         # The inline executor finds what Ray left, and computes the same.
         inline = runner.run(
             write_manifest(
-                subjects="[toy:a, toy:b]",
                 methods="[dense]",
                 measurements=f"[{{noop: {{tasks: [ok, kill_once], marker: {marker}}}}}]",
             ),
@@ -294,7 +290,7 @@ class TestRay:
             executor="inline",
             device="cpu",
         )
-        assert inline.counts == {"cached": 4}
+        assert inline.counts == {"cached": 2}
 
     def test_a_killed_driver_resumes(self, plugins, write_manifest, tmp_path, run):
         pytest.importorskip("ray")
