@@ -82,7 +82,7 @@ def xattention_scores(
         if causal or q.shape[2] == k.shape[2]:
             real_q = key_padding_mask[:, k.shape[2] - q.shape[2] :]
     options = {
-        "order": pairing(pattern, stride, seed).to(q.device),
+        "order": pairing(pattern, stride, seed),
         "block_size": block_size,
         "causal": causal,
         "scale": q.shape[3] ** -0.5 if scale is None else float(scale),

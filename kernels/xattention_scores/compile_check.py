@@ -5,10 +5,10 @@ from __future__ import annotations
 from repro.kernel_compile import CompileCase
 from repro.kernels.xattention_scores.kernel import _xattention_scores_fwd_kernel, tile_sizes
 
-_INTEGERS = (
-    "heads n_rep tokens_q tokens_k groups_q groups_k count_q count_k offset head_dim "
-    "stride_qb stride_qh stride_qt stride_qd stride_kb stride_kh stride_kt stride_kd"
-).split()
+_COUNTS = ("heads", "n_rep", "count_q", "count_k", "offset", "head_dim")
+_LENGTHS = tuple(f"{kind}_{side}" for kind in ("tokens", "groups") for side in "qk")
+_STRIDES = tuple(f"stride_{tensor}{axis}" for tensor in "qk" for axis in "bhtd")
+_INTEGERS = (*_COUNTS, *_LENGTHS, *_STRIDES)
 
 
 def _case(head_dim: int, stride: int, block_size: int, causal: bool, padded: bool) -> CompileCase:
@@ -29,6 +29,7 @@ def _case(head_dim: int, stride: int, block_size: int, causal: bool, padded: boo
             **tile,
             "CAUSAL": causal,
             "PADDED": padded,
+            "REVERSED": True,
             "PRECISION": "tf32",
         },
         **launch,

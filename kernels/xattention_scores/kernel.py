@@ -37,6 +37,7 @@ def _score_tile(
     PARTS: tl.constexpr,
     CAUSAL: tl.constexpr,
     PADDED: tl.constexpr,
+    REVERSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Z[i, j] = scale / stride * sum_s q[i * stride + order[s]] . k[j * stride + s], base 2."""
@@ -46,7 +47,10 @@ def _score_tile(
         s = step // PARTS
         o_d = (step % PARTS) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = o_d < head_dim
-        o_q = rows * STRIDE + tl.load(order_ptr + s)
+        if REVERSED:  # known without a load, so that the loads below can be pipelined
+            o_q = rows * STRIDE + (STRIDE - 1 - s)
+        else:
+            o_q = rows * STRIDE + tl.load(order_ptr + s)
         o_k = columns * STRIDE + s
         m_q = o_q < tokens_q
         m_k = o_k < tokens_k
@@ -113,6 +117,7 @@ def _xattention_scores_fwd_kernel(
     PARTS: tl.constexpr,
     CAUSAL: tl.constexpr,
     PADDED: tl.constexpr,
+    REVERSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Pass 1: maximum and sum of each row. Pass 2: scores again, normalised, summed in cells."""
@@ -144,7 +149,7 @@ def _xattention_scores_fwd_kernel(
             q_base, k_base, order_ptr, real_q_base, real_k_base, column_real_base, rows, columns,
             tokens_q, tokens_k, groups_k, offset, head_dim, scale_log2,
             stride_qt, stride_qd, stride_kt, stride_kd,
-            STRIDE, BLOCK_M, BLOCK_N, BLOCK_D, PARTS, CAUSAL, PADDED, PRECISION,
+            STRIDE, BLOCK_M, BLOCK_N, BLOCK_D, PARTS, CAUSAL, PADDED, REVERSED, PRECISION,
         )  # fmt: skip
         b_new = tl.maximum(b_max, tl.max(b_z, axis=1))
         # A row that has seen nothing yet keeps -inf; 0 avoids -inf minus -inf.
@@ -164,7 +169,7 @@ def _xattention_scores_fwd_kernel(
             q_base, k_base, order_ptr, real_q_base, real_k_base, column_real_base, rows, columns,
             tokens_q, tokens_k, groups_k, offset, head_dim, scale_log2,
             stride_qt, stride_qd, stride_kt, stride_kd,
-            STRIDE, BLOCK_M, BLOCK_N, BLOCK_D, PARTS, CAUSAL, PADDED, PRECISION,
+            STRIDE, BLOCK_M, BLOCK_N, BLOCK_D, PARTS, CAUSAL, PADDED, REVERSED, PRECISION,
         )  # fmt: skip
         b_p = tl.exp2(b_z - b_shift[:, None]) * b_factor[:, None]
         # [CELLS_M, CELLS_N]
@@ -214,6 +219,9 @@ def xattention_scores_triton(
     groups_q, groups_k = triton.cdiv(tokens_q, stride), triton.cdiv(tokens_k, stride)
     # Blocks beyond the diagonal are never visited.
     mass = torch.zeros(batch, heads, count_q, count_k, dtype=torch.float32, device=q.device)
+    # Compared on the CPU, where the API makes it: a GPU would stall.
+    antidiagonal = order.tolist() == list(range(stride - 1, -1, -1))
+    order = order.to(q.device)
     real = [order] * 4
     if real_k is not None:
         if real_q is None:
@@ -247,6 +255,7 @@ def xattention_scores_triton(
         PER_BLOCK=per_block,
         CAUSAL=causal,
         PADDED=real_k is not None,
+        REVERSED=antidiagonal,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **tile,
     )

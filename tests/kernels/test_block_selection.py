@@ -1,5 +1,7 @@
 """Block selection: the three implementations agree to the bit; laws of the minimal set."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,7 +95,7 @@ def test_minimal_set_reaches_threshold(causal, share):
 def test_grows_with_threshold():
     mass = random_mass((1, 2, 12, 12), ties=True)
     kept = [select_blocks(mass, share / 20, block_size=16) for share in range(21)]
-    for smaller, larger in zip(kept, kept[1:], strict=False):
+    for smaller, larger in itertools.pairwise(kept):
         assert not (smaller & ~larger).any()
 
 

@@ -230,3 +230,4 @@ def test_compiles_for_gpus_without_one():
     assert {report.capability for report in reports} == {80, 90, 100}
     for report in reports:
         assert report.shared_bytes <= kernel_compile.SHARED_LIMIT[report.capability], report
+        assert report.spill_bytes == 0, report
