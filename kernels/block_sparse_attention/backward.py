@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from repro.kernels.block_sparse_attention.layout import Layout
-from repro.kernels.block_sparse_attention.lists import block_lists
+from repro.kernels.block_sparse_attention.lists import Tuning, block_lists
 
 _LOG2_E = math.log2(math.e)
 
@@ -33,7 +33,7 @@ def _probability(
     tokens_q,
     tokens_k,
     scale,
-    masked,
+    MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -41,7 +41,7 @@ def _probability(
     """Recompute the attention weights ``[Q, K]`` fp32."""
     score = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * (scale * 1.4426950408889634)
     weight = tl.exp2(score - sums[:, None])
-    if masked:
+    if MASKED:
         visible = (key < tokens_k)[None, :]
         if CAUSAL:
             visible = visible & (key[None, :] <= (token + tokens_k - tokens_q)[:, None])
@@ -50,6 +50,84 @@ def _probability(
             visible = visible & (real != 0)[None, :]
         weight = tl.where(visible, weight, 0.0)
     return weight
+
+
+@triton.jit
+def _query_step(
+    acc,  # [BLOCK_Q, BLOCK_D] fp32
+    q,
+    grad,
+    sums,
+    delta,
+    token,
+    first_key,
+    k_ptr,
+    v_ptr,
+    real_ptr,
+    tokens_q,
+    tokens_k,
+    head_dim,
+    scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the share of ``TILE`` keys to the gradient of the queries."""
+    key = first_key + tl.arange(0, TILE)
+    k = _load(k_ptr, key, head_dim, tokens_k, head_dim, BLOCK_D)
+    v = _load(v_ptr, key, head_dim, tokens_k, head_dim, BLOCK_D)
+    weight = _probability(
+        q, k, sums, token, key, real_ptr, tokens_q, tokens_k, scale,
+        MASKED, CAUSAL, PADDED, PRECISION,
+    )  # fmt: skip
+    grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    grad_score = weight * (grad_weight - delta[:, None])  # [BLOCK_Q, TILE]
+    return tl.dot(grad_score.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _key_step(
+    acc_k,  # [BLOCK_K, BLOCK_D] fp32
+    acc_v,
+    k,
+    v,
+    key,
+    first_query,
+    rows,  # offset of the head, in queries
+    q_ptr,
+    grad_ptr,
+    sums_ptr,
+    delta_ptr,
+    real_ptr,
+    tokens_q,
+    tokens_k,
+    head_dim,
+    scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the share of ``TILE`` queries to the gradients of the keys and values."""
+    token = first_query + tl.arange(0, TILE)
+    q = _load(q_ptr + rows * head_dim, token, head_dim, tokens_q, head_dim, BLOCK_D)
+    grad = _load(grad_ptr + rows * head_dim, token, head_dim, tokens_q, head_dim, BLOCK_D)
+    sums = tl.load(sums_ptr + rows + token, mask=token < tokens_q, other=float("inf"))
+    delta = tl.load(delta_ptr + rows + token, mask=token < tokens_q, other=0.0)
+    weight = _probability(
+        q, k, sums, token, key, real_ptr, tokens_q, tokens_k, scale,
+        MASKED, CAUSAL, PADDED, PRECISION,
+    )  # fmt: skip
+    acc_v = tl.dot(tl.trans(weight).to(grad.dtype), grad, acc_v, input_precision=PRECISION)
+    grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    grad_score = weight * (grad_weight - delta[:, None])  # [TILE, BLOCK_K]
+    acc_k = tl.dot(tl.trans(grad_score).to(q.dtype), q, acc_k, input_precision=PRECISION)
+    return acc_k, acc_v
 
 
 @triton.jit
@@ -105,17 +183,18 @@ def _query_kernel(
     delta = tl.load(delta_ptr + start + token, mask=token < tokens_q, other=0.0)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     STEPS: tl.constexpr = BLOCK_K // TILE
-    for i in range(0, kept * STEPS):
-        key = tl.load(numbers_ptr + i // STEPS) * BLOCK_K + i % STEPS * TILE + tl.arange(0, TILE)
-        k = _load(k_ptr, key, head_dim, tokens_k, head_dim, BLOCK_D)
-        v = _load(v_ptr, key, head_dim, tokens_k, head_dim, BLOCK_D)
-        weight = _probability(
-            q, k, sums, token, key, real_ptr, tokens_q, tokens_k, scale, i >= full * STEPS,
-            CAUSAL, PADDED, PRECISION,
+    for i in range(full * STEPS):
+        first = tl.load(numbers_ptr + i // STEPS) * BLOCK_K + i % STEPS * TILE
+        acc = _query_step(
+            acc, q, grad, sums, delta, token, first, k_ptr, v_ptr, real_ptr, tokens_q, tokens_k,
+            head_dim, scale, False, CAUSAL, PADDED, TILE, BLOCK_D, PRECISION,
         )  # fmt: skip
-        grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        grad_score = weight * (grad_weight - delta[:, None])  # [BLOCK_Q, TILE]
-        acc = tl.dot(grad_score.to(k.dtype), k, acc, input_precision=PRECISION)
+    for i in range(full * STEPS, kept * STEPS):
+        first = tl.load(numbers_ptr + i // STEPS) * BLOCK_K + i % STEPS * TILE
+        acc = _query_step(
+            acc, q, grad, sums, delta, token, first, k_ptr, v_ptr, real_ptr, tokens_q, tokens_k,
+            head_dim, scale, True, CAUSAL, PADDED, TILE, BLOCK_D, PRECISION,
+        )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     present = (token < tokens_q)[:, None] & (dim < head_dim)[None, :]
     grad_q_ptr += (start + token)[:, None] * head_dim + dim[None, :]
@@ -168,7 +247,7 @@ def _key_kernel(
     acc_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     STEPS: tl.constexpr = BLOCK_Q // TILE
-    for member in range(0, group):
+    for member in range(group):
         head = kv_outer % kv_heads * group + member
         count = batch * stride_cb + head * stride_ch + column
         full = tl.load(full_ptr + count)
@@ -176,22 +255,20 @@ def _key_kernel(
         numbers = numbers_ptr + batch * stride_nb + head * stride_nh
         numbers += column.to(tl.int64) * stride_nr
         rows = (batch * heads + head) * tokens_q
-        for i in range(0, kept * STEPS):
-            token = tl.load(numbers + i // STEPS) * BLOCK_Q + i % STEPS * TILE + tl.arange(0, TILE)
-            q = _load(q_ptr + rows * head_dim, token, head_dim, tokens_q, head_dim, BLOCK_D)
-            grad = _load(grad_ptr + rows * head_dim, token, head_dim, tokens_q, head_dim, BLOCK_D)
-            sums = tl.load(sums_ptr + rows + token, mask=token < tokens_q, other=float("inf"))
-            delta = tl.load(delta_ptr + rows + token, mask=token < tokens_q, other=0.0)
-            weight = _probability(
-                q, k, sums, token, key, real_ptr, tokens_q, tokens_k, scale, i >= full * STEPS,
-                CAUSAL, PADDED, PRECISION,
+        for i in range(full * STEPS):
+            first = tl.load(numbers + i // STEPS) * BLOCK_Q + i % STEPS * TILE
+            acc_k, acc_v = _key_step(
+                acc_k, acc_v, k, v, key, first, rows, q_ptr, grad_ptr, sums_ptr, delta_ptr,
+                real_ptr, tokens_q, tokens_k, head_dim, scale, False, CAUSAL, PADDED, TILE,
+                BLOCK_D, PRECISION,
             )  # fmt: skip
-            acc_v = tl.dot(
-                tl.trans(weight).to(grad.dtype), grad, acc_v, input_precision=PRECISION
-            )
-            grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-            grad_score = weight * (grad_weight - delta[:, None])  # [TILE, BLOCK_K]
-            acc_k = tl.dot(tl.trans(grad_score).to(q.dtype), q, acc_k, input_precision=PRECISION)
+        for i in range(full * STEPS, kept * STEPS):
+            first = tl.load(numbers + i // STEPS) * BLOCK_Q + i % STEPS * TILE
+            acc_k, acc_v = _key_step(
+                acc_k, acc_v, k, v, key, first, rows, q_ptr, grad_ptr, sums_ptr, delta_ptr,
+                real_ptr, tokens_q, tokens_k, head_dim, scale, True, CAUSAL, PADDED, TILE,
+                BLOCK_D, PRECISION,
+            )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     present = (key < tokens_k)[:, None] & (dim < head_dim)[None, :]
     place = (start + key)[:, None] * head_dim + dim[None, :]
@@ -199,10 +276,11 @@ def _key_kernel(
     tl.store(grad_v_ptr + place, acc_v.to(grad_v_ptr.dtype.element_ty), mask=present)
 
 
-def backward_tile(block: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Choose how many rows of a sub-block one step of the backward kernels loads."""
+def backward_tuning(block: int, other: int, head_dim: int, dtype: torch.dtype) -> Tuning:
+    """Choose launch parameters for a kernel that keeps ``block`` rows and walks ``other`` ones."""
     small = head_dim > 128 or dtype == torch.float32
-    return min(block, 16 if small else 32)
+    warps = 8 if block == 128 else 4
+    return Tuning(min(other, 16 if small else 32), warps, 1 if dtype == torch.float32 else 2)
 
 
 def backward(
@@ -234,16 +312,18 @@ def backward(
         "BLOCK_K": layout.block_k,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "num_stages": 1 if q.dtype == torch.float32 else 2,
     }
+    by_row = backward_tuning(layout.block_q, layout.block_k, dim, q.dtype)
+    by_column = backward_tuning(layout.block_k, layout.block_q, dim, q.dtype)
     by_query = block_lists(layout.full, layout.partial)
     _query_kernel[(by_query.full.shape[2], batch * heads)](
         *inputs,
         grad_q,
         *by_query.arguments(batch, heads),
         *sizes,
-        TILE=backward_tile(layout.block_k, dim, q.dtype),
-        num_warps=8 if layout.block_q == 128 else 4,
+        TILE=by_row.tile,
+        num_warps=by_row.num_warps,
+        num_stages=by_row.num_stages,
         **options,
     )
     by_key = block_lists(layout.full, layout.partial, by_key=True)
@@ -253,8 +333,9 @@ def backward(
         grad_v,
         *by_key.arguments(batch, heads),
         *sizes,
-        TILE=backward_tile(layout.block_q, dim, q.dtype),
-        num_warps=8 if layout.block_k == 128 else 4,
+        TILE=by_column.tile,
+        num_warps=by_column.num_warps,
+        num_stages=by_column.num_stages,
         **options,
     )
     return grad_q, grad_k, grad_v

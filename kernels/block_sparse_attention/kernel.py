@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,20 +10,11 @@ import triton.language as tl
 
 from repro.kernels.block_sparse_attention.backward import backward
 from repro.kernels.block_sparse_attention.layout import Layout
-from repro.kernels.block_sparse_attention.lists import block_lists
+from repro.kernels.block_sparse_attention.lists import Tuning, block_lists
 
 __all__ = ["backward", "forward"]
 
 _LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Launch parameters: rows of a sub-block that one step loads, warps, pipeline depth."""
-
-    tile: int
-    num_warps: int
-    num_stages: int
 
 
 def forward_tuning(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype) -> Tuning:
@@ -149,7 +139,7 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     STEPS: tl.constexpr = BLOCK_K // TILE
-    for i in range(0, full * STEPS):
+    for i in range(full * STEPS):
         first = tl.load(numbers_ptr + i // STEPS) * BLOCK_K + i % STEPS * TILE
         peak, total, acc = _step(
             q, peak, total, acc, first, k_ptr, v_ptr, real_ptr, stride_kt, stride_vt, position,

@@ -1,4 +1,4 @@
-"""Compact a block layout into per-row lists of block numbers, for the Triton kernels."""
+"""What the Triton kernels share: lists of kept block numbers, and launch parameters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch parameters: rows of a sub-block that one step loads, warps, pipeline depth."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True, kw_only=True)
