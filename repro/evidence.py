@@ -116,7 +116,11 @@ def _finite(value: Any) -> bool:
 def has_scores(record: Record) -> bool:
     """Tell whether a record carries per-item scores in [0, 1]."""
     scores = (record.get("items") or {}).get("scores") or []
-    return bool(scores) and all(_finite(score) and 0 <= score <= 1 for score in scores)
+    try:
+        # Any NaN makes the sum NaN, and no comparison with NaN holds.
+        return bool(scores) and min(scores) >= 0 and max(scores) <= 1 and sum(scores) >= 0
+    except TypeError:
+        return False
 
 
 def has_ratio(record: Record) -> bool:
@@ -165,12 +169,19 @@ class Evidence:
         self.records = list(records)
         self._dense: dict[Setting, dict[int, Record]] = defaultdict(dict)
         self._controls: dict[tuple[Setting, Variant], list[Record]] = defaultdict(list)
+        self._by_name: dict[tuple[str, str], list[Record]] = defaultdict(list)
         for record in self.records:
             variant, setting = variant_of(record), setting_of(record)
+            if not repeat_of(record):
+                self._by_name[variant.slug, setting.measurement].append(record)
             if variant.is_dense:
                 self._dense[setting][repeat_of(record)] = record
             elif variant.control != "none":
                 self._controls[setting, variant].append(record)
+
+    def of(self, slug: str, measurement: str) -> list[Record]:
+        """Return all cells of a method, controls too, in one measurement; no reruns."""
+        return self._by_name.get((slug, measurement), [])
 
     @cached_property
     def methods(self) -> list[Record]:

@@ -122,7 +122,8 @@ def judge(claim: Claim, records: Evidence) -> Verdict:
     if claim.query is None:
         return Verdict(claim, NOT_RUN, f"needs {claim.needs}")
     query = claim.query
-    related = [record for record in records.records if _is_asked(query, record)]
+    cells = records.of(query.method, query.measurement)
+    related = [record for record in cells if _is_asked(query, record)]
     exact = [record for record in related if not _differences(query, record)]
     if not exact:
         return _without_records(claim, related)
@@ -162,19 +163,17 @@ def _strength(verdict: Verdict) -> tuple[int, int]:
 
 
 def _is_asked(query: Query, record: Record) -> bool:
-    """Tell whether a record is of the asked method, configuration and measurement."""
-    cell = record["cell"]
-    if cell["method"]["slug"] != query.method or evidence.repeat_of(record):
-        return False
-    config = dict(cell["method"]["config"])
+    """Tell whether a record is of the asked configuration; of the method itself by default."""
+    config = {"control": "none", **record["cell"]["method"]["config"]}
     wanted: dict[str, Any] = {"control": "none", **query.config}
-    if any(config.get(key, "none" if key == "control" else None) != wanted[key] for key in wanted):
-        return False
-    return cell["measurement"]["name"] == query.measurement
+    return all(config.get(name) == value for name, value in wanted.items())
 
 
 def _differences(query: Query, record: Record) -> dict[str, str]:
-    """Return what differs from the asked setting: ``model``, ``hardware``, and options by name."""
+    """Return what differs from the asked setting, and what it is here.
+
+    Names are ``model``, ``hardware`` and those of options.
+    """
     cell = record["cell"]
     found = {}
     if not any(fnmatchcase(cell["subject"], pattern) for pattern in query.subjects):
@@ -183,15 +182,14 @@ def _differences(query: Query, record: Record) -> dict[str, str]:
     device = str(machine.get("device") or cell.get("device", ""))
     name = str(machine.get("device_name") or device)
     if query.device != "any" and not device.startswith(query.device):
-        found["hardware"] = f"{device.upper()} ({name})" if name != device else device.upper()
+        found["hardware"] = f"{device.upper()}, {name}" if name != device else device.upper()
     elif query.hardware and not any(fnmatchcase(name.lower(), p.lower()) for p in query.hardware):
         found["hardware"] = name
     options = evidence.options_of(record)
     for key, wanted in query.options.items():
         allowed = wanted if isinstance(wanted, tuple) else (wanted,)
         if options.get(key) not in allowed:
-            asked = " or ".join(map(str, allowed))
-            found[key] = f"{options.get(key)} instead of {asked}"
+            found[key] = str(options.get(key))
     return found
 
 
@@ -205,8 +203,9 @@ def _without_records(claim: Claim, related: Sequence[Record]) -> Verdict:
     closest = min((_differences(claim.query, record) for record in ran), key=len)
     if not {"model", "hardware"} & set(closest):
         return Verdict(claim, NOT_RUN, needs)
+    # The value of an option is left out: claims of one row then share one line of the page.
     said = [
-        f"other {name} ({what})" if name in ("model", "hardware") else f"{name} {what}"
+        f"other {name} ({what})" if name in ("model", "hardware") else f"other {name}"
         for name, what in closest.items()
     ]
     return Verdict(claim, NOT_COMPARABLE, f"{', '.join(said)}; {needs}")
@@ -390,7 +389,8 @@ def compare(claim: Claim, measured: Interval) -> tuple[str, str]:
 
 def _distance(claim: Claim, value: float) -> str:
     off = value - claim.value
-    return f"{abs(off):.3g} {claim.unit} {'above' if off >= 0 else 'below'} the claim"
+    unit = "points" if claim.unit == "%" else claim.unit
+    return f"{abs(off):.3g} {unit} {'above' if off >= 0 else 'below'} the claim"
 
 
 def _non_inferior(claim: Claim, low: float, high: float) -> tuple[str, str]:
@@ -428,6 +428,8 @@ def no_effect(claim: Claim) -> float | None:
 
 def explain(record: Record) -> str:
     """Return the arithmetic behind a latency record in one line, "" if it carries none."""
+    if not evidence.has_ratio(record):
+        return ""
     told = record.get("explanation") or {}
     parts = []
     if (share := told.get("attention_share")) is not None:

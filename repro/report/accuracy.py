@@ -116,7 +116,7 @@ def _summary(group: Group, records: Evidence, labels: Labels) -> Table:
         row
         for length in group.lengths()
         for variant in labels.order
-        if (row := _summary_row(group, records, labels, variant, length))
+        if (row := summary_row(group, records, labels, variant, length))
     ]
     intro = (
         "Mean over tasks with its 95 % interval; differences are paired item by item with dense. "
@@ -127,9 +127,10 @@ def _summary(group: Group, records: Evidence, labels: Labels) -> Table:
     return Table(f"{group.measurement}_summary", "Mean over tasks", intro, _SUMMARY, rows)
 
 
-def _summary_row(
+def summary_row(
     group: Group, records: Evidence, labels: Labels, variant: Variant, length: Any
 ) -> Row | None:
+    """Return one line of the summary, None if the variant has no cell at that length."""
     cells = group.at(length, variant)
     if not cells:
         return None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TextIO
 
 from repro.report import page as pages
 from repro.report.page import Page
 from repro.report.tables import Column, Table
+from repro.verdict import REPRODUCED, Verdict
 
 _MAX_ROWS = 24
+_MAX_WIDTH = 60
 
 
 def show(page: Page, *, stream: TextIO | None = None) -> None:
@@ -27,7 +30,7 @@ def show(page: Page, *, stream: TextIO | None = None) -> None:
 
 
 def _tables(page: Page) -> list[Table]:
-    found = [pages.proxy_table([v for v in page.verdicts if v.claim.proxy])]
+    found = [_proxies([v for v in page.verdicts if v.claim.proxy])]
     for machine in page.machines:
         for section in machine.sections:
             for table in section.tables:
@@ -38,11 +41,44 @@ def _tables(page: Page) -> list[Table]:
     return [table for table in found if table.rows]
 
 
+def _proxies(verdicts: Sequence[Verdict]) -> Table:
+    """Return the proxy claims without their settings, a reason only where one did not hold."""
+    columns = [
+        Column("proxy claim", "claim", numeric=False),
+        Column("claimed", "claimed", numeric=False),
+        Column("measured", "measured", numeric=False),
+        Column("verdict", "verdict", numeric=False),
+        Column("", "why", numeric=False),
+    ]
+    rows = []
+    for verdict in verdicts:
+        claim = verdict.claim
+        rows.append(
+            {
+                "claim": f"{claim.what}: {claim.at}" if claim.at else claim.what,
+                "claimed": pages.bar(verdict),
+                "measured": pages.measured(verdict) or "-",
+                "verdict": verdict.verdict,
+                "why": "" if verdict.verdict == REPRODUCED else verdict.reason,
+            }
+        )
+    return Table("proxies", "Proxy claims", "", columns, rows)
+
+
 def _short(table: Table) -> Sequence[Column]:
-    """Leave out the columns that only the page has room for."""
-    wide = {"sees", "tasks", "attention_share", "selection_share", "roofline_bound"}
+    """Leave out the columns that only the page has room for, and cut long texts."""
+    wide = {"sees", "tasks", "attention_share", "selection_share", "roofline_bound", "message"}
     kept = [column for column in table.columns if column.key not in wide]
-    return kept[:8] if len(kept) > 8 else kept
+    kept = kept if len(kept) <= 8 else [*kept[:7], *(c for c in kept[7:] if c.key == "status")]
+    return [replace(column, show=_cut(column.show)) for column in kept]
+
+
+def _cut(show: Callable[[Any], str]) -> Callable[[Any], str]:
+    def shown(value: Any) -> str:
+        text = show(value)
+        return text if len(text) <= _MAX_WIDTH else text[: _MAX_WIDTH - 3] + "..."
+
+    return shown
 
 
 def _print_rich(printed: Sequence[Table], last: str, stream: TextIO) -> None:

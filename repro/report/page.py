@@ -142,12 +142,21 @@ def _cell(record: Record) -> dict[str, Any]:
 
 # Verdict tables
 
-_VERDICTS = (
+_PROXIES = (
     Column("claim", "what", numeric=False),
     Column("claimed", "claimed", numeric=False),
     Column("measured", "measured", numeric=False),
     Column("verdict", "verdict", numeric=False),
+    Column("on", "machine", numeric=False),
     Column("why", "why", numeric=False),
+)
+_CLAIMS = (
+    Column("claim", "what", numeric=False),
+    Column("the paper's number", "claimed", numeric=False),
+    Column("verdict", "verdict", numeric=False),
+    Column("measured", "measured", numeric=False),
+    Column("why, or what it needs", "why", numeric=False),
+    Column("source", "source", numeric=False),
 )
 
 
@@ -161,8 +170,9 @@ def proxy_table(verdicts: Sequence[Verdict]) -> Table:
             {
                 "what": f"{what} ({claim.setting})" if claim.setting else what,
                 "claimed": bar(verdict),
-                "measured": measured(verdict),
+                "measured": measured(verdict) or "-",
                 "verdict": verdict.verdict,
+                "machine": verdict.environment or "-",
                 "why": "; ".join(filter(None, [verdict.reason, verdict.explanation])),
             }
         )
@@ -170,7 +180,7 @@ def proxy_table(verdicts: Sequence[Verdict]) -> Table:
         "Claims of our own that stand in for the paper's on the embedded model. They are judged on "
         "the whole interval, not on the point."
     )
-    return Table("proxies", "Proxy claims", intro, _VERDICTS, rows)
+    return Table("proxies", "Proxy claims", intro, _PROXIES, rows)
 
 
 def paper_table(verdicts: Sequence[Verdict]) -> Table:
@@ -184,25 +194,30 @@ def paper_table(verdicts: Sequence[Verdict]) -> Table:
     for members in lines.values():
         claim = members[0].claim
         what = claim.what if claim.confirmed else f"{claim.what} (unconfirmed)"
+        shown = _list([v for v in members if v.measured is not None], measured)
+        why = "; ".join(dict.fromkeys(filter(None, map(_why, members))))
+        if members[0].measured is not None and members[0].environment:
+            shown += f" on {members[0].environment}"
         rows.append(
             {
-                "what": f"{what} [{claim.model}; {claim.source}]",
+                "what": f"{what} [{claim.model}]",
                 "claimed": _list(members, bar),
-                "measured": _list([v for v in members if v.measured is not None], measured),
+                "measured": shown or "-",
                 "verdict": members[0].verdict,
-                "why": "; ".join(dict.fromkeys(filter(None, map(_why, members)))),
+                "why": "; ".join(filter(None, [why, claim.note])),
+                "source": claim.source,
             }
         )
     intro = (
         "The paper's numbers as its sources give them; *unconfirmed* ones come without hardware "
         "or setting. A number is judged on the paper's own setting only."
     )
-    return Table("claims", "The paper's claims", intro, _VERDICTS, rows)
+    return Table("claims", "The paper's claims", intro, _CLAIMS, rows)
 
 
 def _why(verdict: Verdict) -> str:
     at = f"{verdict.claim.at}: " if verdict.measured is not None and verdict.claim.at else ""
-    return at + "; ".join(filter(None, [verdict.reason, verdict.explanation, verdict.claim.note]))
+    return at + "; ".join(filter(None, [verdict.reason, verdict.explanation]))
 
 
 def _list(verdicts: Sequence[Verdict], show: Any) -> str:

@@ -128,11 +128,9 @@ def _score_by_density(group: accuracy.Group, records: Evidence, labels: Labels) 
     length = max(lengths)
     points = []
     for variant in labels.order:
-        cells = group.at(length, variant)
-        good = [r for r in cells if evidence.is_ok(r) and evidence.has_scores(r)]
-        density = 1.0 if variant.is_dense else evidence.mean_density(good)
-        if good and density is not None:
-            points.append((variant, density, evidence.mean_score(good).scaled(100)))
+        row = accuracy.summary_row(group, records, labels, variant, length) or {}
+        if row.get("score") and row.get("density") is not None:
+            points.append((variant, row["density"], row["score"]))
     if len(points) < 2 or all(v.is_dense for v, _, _ in points):
         return None
     figure, (axis,) = _figure(5.6, 3.6)
@@ -142,8 +140,8 @@ def _score_by_density(group: accuracy.Group, records: Evidence, labels: Labels) 
         colour = _COLOURS[bases.index(variant.without_control()) % len(_COLOURS)]
         axis.errorbar(
             100 * density,
-            score.value,
-            yerr=[[score.value - score.low], [score.high - score.value]],
+            score["value"],
+            yerr=[[score["value"] - score["low"]], [score["high"] - score["value"]]],
             fmt=marks.get(variant.control, "s"),
             color="black" if variant.is_dense else colour,
             capsize=3,
