@@ -6,7 +6,8 @@ Which of the three it was is always named in the record: sparsity on noise says 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -224,6 +225,29 @@ def spread_layers(n_layers: int, count: int) -> list[int]:
     return sorted({round((index + 1) * (n_layers - 1) / (count + 1)) for index in range(count)})
 
 
+@contextmanager
+def wrapped_attention(model: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Run ``model`` with ``wrap(attention function)`` in the place of its attention function.
+
+    Args:
+        model: A transformers model; its implementation is set back on exit, error or not.
+        name: Under which the wrapped function is registered.
+        wrap: Attention function -> attention function of the same signature.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    previous = model.config._attn_implementation
+    AttentionInterface.register(name, wrap(ALL_ATTENTION_FUNCTIONS[previous]))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
 def capture(
     subject: Subject, token_ids: torch.Tensor, layers: Sequence[int], *, source: str
 ) -> list[OperatorInputs]:
@@ -235,30 +259,19 @@ def capture(
         layers: Layer numbers.
         source: What the prompt is, for the record.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    model = subject.model
-    previous = model.config._attn_implementation
-    inner = ALL_ATTENTION_FUNCTIONS[previous]
     taken: dict[int, OperatorInputs] = {}
 
-    def record(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
-        if module.layer_idx in layers:
-            q_, k_, v_ = (tensor.detach().clone() for tensor in (q, k, v))
-            facts = {"subject": subject.name, "prompt": source, "tokens": q.shape[2]}
-            taken[module.layer_idx] = OperatorInputs(
-                q_, k_, v_, "captured", layer=module.layer_idx, facts=facts
-            )
-        return inner(module, q, k, v, mask, **options)
+    def wrap(inner: Any) -> Any:
+        def record(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
+            if module.layer_idx in layers:
+                facts = {"subject": subject.name, "prompt": source, "tokens": q.shape[2]}
+                taken[module.layer_idx] = OperatorInputs(
+                    q.clone(), k.clone(), v.clone(), "captured", module.layer_idx, facts
+                )
+            return inner(module, q, k, v, mask, **options)
 
-    AttentionInterface.register("repro_capture", record)
-    AttentionMaskInterface.register("repro_capture", ALL_MASK_ATTENTION_FUNCTIONS[previous])
-    try:
-        model.set_attn_implementation("repro_capture")
-        with torch.inference_mode():
-            model(token_ids.to(subject.device), use_cache=False, logits_to_keep=1)
-    finally:
-        model.set_attn_implementation(previous)
+        return record
+
+    with wrapped_attention(subject.model, "repro_capture", wrap), torch.inference_mode():
+        subject.model(token_ids.to(subject.device), use_cache=False, logits_to_keep=1)
     return [taken[layer] for layer in sorted(taken)]

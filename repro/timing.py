@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 #: ``check(arm, index of the input, output)`` returns what is wrong with a timed output, or None.
 Check = Callable[[str, int, Any], str | None]
 
-_MAX_REPEATS = 1000
+#: ``on_block(blocks done, blocks wanted)`` feeds a live display.
+OnBlock = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Settings:
     Attributes:
         blocks: Fewest blocks that must remain after the warm-up, at least 10.
         min_seconds: Fewest seconds of timed work in the remaining blocks, all arms together.
+        max_repeats: Most calls of an arm in one slot; 1 where a call uses up its state.
         max_blocks: A run that has not satisfied both by then ends.
         max_seconds: Likewise in seconds of wall time; never below ``blocks`` blocks.
         long_pass_seconds: A pass over all arms that takes longer is a block of its own.
@@ -49,6 +51,7 @@ class Settings:
 
     blocks: int = 10
     min_seconds: float = 3.0
+    max_repeats: int = 1000
     max_blocks: int = 200
     max_seconds: float = math.inf
     long_pass_seconds: float = 2.0
@@ -212,6 +215,7 @@ def compare(
     check: Check | None = None,
     settings: Settings | None = None,
     timer: Timer | None = None,
+    on_block: OnBlock | None = None,
 ) -> Comparison:
     """Time two arms in A B B A blocks and return the ratio first / second with its interval.
 
@@ -225,12 +229,20 @@ def compare(
         check: Looks at timed outputs, outside the timed window.
         settings: All settings; replaces ``blocks`` and ``min_seconds``.
         timer: Replaces the device's timer.
+        on_block: Called after every block.
     """
     arms = [_as_arm(first, "first"), _as_arm(second, "second")]
     chosen = settings or Settings(blocks=blocks, min_seconds=min_seconds)
-    return compare_all(
-        arms, inputs=inputs, device=device, check=check, settings=chosen, timer=timer
-    )[arms[1].name]
+    results = compare_all(
+        arms,
+        inputs=inputs,
+        device=device,
+        check=check,
+        settings=chosen,
+        timer=timer,
+        on_block=on_block,
+    )
+    return results[arms[1].name]
 
 
 def compare_all(
@@ -241,6 +253,7 @@ def compare_all(
     check: Check | None = None,
     settings: Settings | None = None,
     timer: Timer | None = None,
+    on_block: OnBlock | None = None,
 ) -> dict[str, Comparison]:
     """Time all arms together and compare each with the first; keys are the arms' names.
 
@@ -254,7 +267,7 @@ def compare_all(
     pool = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
     runs: list[Blocks] = []
     while True:
-        runs.append(_run(arms, pool, check, settings, timer))
+        runs.append(_run(arms, pool, check, settings, timer, on_block))
         results = {name: summarise(runs, name, settings, timer.device_type) for name in names}
         drifted = any(result.status == "invalid" for result in results.values())
         if not drifted or runs[-1].faults or len(runs) >= settings.attempts:
@@ -348,7 +361,12 @@ def _fault(run: Blocks, column: int, settings: Settings, device_type: str) -> st
 
 
 def _run(
-    arms: Sequence[Arm], pool: list[Any], check: Check | None, settings: Settings, timer: Timer
+    arms: Sequence[Arm],
+    pool: list[Any],
+    check: Check | None,
+    settings: Settings,
+    timer: Timer,
+    on_block: OnBlock | None,
 ) -> Blocks:
     """Run blocks until enough of them are settled, or a limit is reached."""
     repeats, pass_seconds = _calibrate(arms, pool, settings, timer)
@@ -363,6 +381,8 @@ def _run(
         per_call, seconds, outputs = _block(arms, pool, repeats, timer, number, alternating)
         rows.append(per_call)
         work.append(seconds)
+        if on_block:
+            on_block(len(rows), settings.blocks)
         times = np.array(rows)
         settled = timing_statistics.warmup_blocks(times)
         warmup = settled or 0
@@ -399,7 +419,7 @@ def _calibrate(
         with arm.around():
             timer.run(arm.call, pool[:1])
             seconds, _ = timer.run(arm.call, pool[-1:])
-        count = min(_MAX_REPEATS, max(1, math.ceil(slot / max(seconds, 1e-7))))
+        count = min(settings.max_repeats, max(1, math.ceil(slot / max(seconds, 1e-7))))
         repeats.append(count)
         total += seconds * count
     return repeats, total

@@ -1,0 +1,124 @@
+"""Latency of a method against dense: prefill, decode, end to end, or the attention operator alone.
+
+Dense and method alternate in one process (``repro.timing``); selection, planning and quantisation
+are inside the method's time, entering the patch is not. The same code runs on CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from repro.measurements import CellContext, Measurement
+from repro.subjects import SubjectInfo
+
+PHASES = ("prefill", "decode", "end_to_end", "attention")
+INPUTS = ("captured", "gaussian", "structured")
+PROTOCOLS = ("fair", "paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """What to time.
+
+    Attributes:
+        phases: Of ``PHASES``; decode is the time of one token, end to end a whole generation.
+        lengths: Prompt tokens.
+        batch: Sequences side by side.
+        new_tokens: Tokens generated in decode and end to end, always exactly so many.
+        inputs: Of ``INPUTS``, for the attention phase: q/k/v captured from the subject, normal, or
+            of planted structure.
+        protocols: Of ``PROTOCOLS``, for the attention phase: fair times causal against causal,
+            paper a causal method against dense attention without the causal mask.
+        blocks: Fewest blocks, at least 10.
+        min_seconds: Fewest seconds of timed work.
+    """
+
+    phases: tuple[str, ...] = ("prefill",)
+    lengths: tuple[int, ...] = (4096,)
+    batch: int = 1
+    new_tokens: int = 16
+    inputs: tuple[str, ...] = ("captured",)
+    protocols: tuple[str, ...] = ("fair",)
+    blocks: int = 10
+    min_seconds: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("phases", PHASES), ("inputs", INPUTS), ("protocols", PROTOCOLS)):
+            check_names(name, getattr(self, name), known)
+        check_lengths(self.lengths)
+        for name, least in (("batch", 1), ("new_tokens", 2), ("blocks", 10)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.min_seconds < math.inf:
+            raise ValueError(f"min_seconds must be 0 or more, got {self.min_seconds}")
+
+
+def check_names(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``values`` are one or more different names of ``known``."""
+    wrong = [value for value in values if value not in known]
+    if wrong or not values or len(set(values)) != len(values):
+        rule = f"one or more different of {', '.join(known)}"
+        raise ValueError(f"{name} must be {rule}, got {', '.join(wrong or values) or 'none'}")
+
+
+def check_lengths(lengths: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``lengths`` are one or more different numbers of 16 and above."""
+    if not lengths or min(lengths) < 16 or len(set(lengths)) != len(lengths):
+        raise ValueError(f"lengths must be one or more different numbers >= 16, got {lengths}")
+
+
+def expand(options: LatencyOptions) -> list[dict[str, Any]]:
+    """Return one cell per phase x length, the attention phase also x inputs x protocol."""
+    shared = {
+        "batch": options.batch,
+        "blocks": options.blocks,
+        "min_seconds": options.min_seconds,
+    }
+    cells: list[dict[str, Any]] = []
+    for phase in options.phases:
+        for length in options.lengths:
+            if phase == "attention":
+                cells += [
+                    {"phase": phase, "length": length, "inputs": inputs, "protocol": protocol}
+                    | shared
+                    for inputs in options.inputs
+                    for protocol in options.protocols
+                ]
+                continue
+            cell = {"phase": phase, "length": length, "inputs": "model", "protocol": "fair"}
+            if phase != "prefill":
+                cell["new_tokens"] = options.new_tokens
+            cells.append(cell | shared)
+    return cells
+
+
+def run(context: CellContext) -> dict[str, Any]:
+    """Run one cell; see ``repro.measurements.latency.cell``."""
+    from repro.measurements.latency.cell import run_cell
+
+    return run_cell(context)
+
+
+def estimate_seconds(options: Mapping[str, Any], info: SubjectInfo) -> float:
+    """Return rough seconds on 2 CPU cores: 25 calls of each arm, or the asked work if longer."""
+    tokens = float(options["length"]) * options["batch"]
+    gigaflops = 2e-9 * tokens * (info.parameters or 10_000_000)
+    gigaflops += 2e-9 * tokens * options["length"] * 2048
+    if options["phase"] == "attention":
+        gigaflops /= 4
+    return 5.0 + max(1.5 * options["min_seconds"], 50 * gigaflops / 500)
+
+
+MEASUREMENT = Measurement(
+    name="latency",
+    options=LatencyOptions,
+    expand=expand,
+    run=run,
+    paired=True,
+    kinds=("llm",),
+    libraries=("torch", "transformers"),
+    estimate_seconds=estimate_seconds,
+)
