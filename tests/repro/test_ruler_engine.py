@@ -50,8 +50,8 @@ def requests_for(texts, *, max_gen_toks=6, until=()):
     ]
 
 
-def model_of(context, *, batch_size=3, max_new_tokens=6):
-    return StoredLM(context, batch_size=batch_size, max_new_tokens=max_new_tokens)
+def model_of(context, *, batch_size=3):
+    return StoredLM(context, batch_size=batch_size)
 
 
 class RecordingPatch(Patch):
@@ -247,7 +247,9 @@ def test_nan_is_a_numerical_fault_and_stores_nothing(subject, monkeypatch):
 def test_prompts_beyond_the_positions_are_refused_before_anything_runs(subject, monkeypatch):
     short = replace(subject, info=replace(subject.info, max_length=40))
     monkeypatch.setattr(engine, "decode_batch", None)
-    with pytest.raises(UnsupportedCombination, match="at most the 40 positions of random:tiny, got 60"):
+    with pytest.raises(
+        UnsupportedCombination, match="at most the 40 positions of random:tiny, got 60"
+    ):
         model_of(cell_context(short, {})).generate_until(requests_for(TEXTS))
 
 

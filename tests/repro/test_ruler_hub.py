@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from lm_eval.tasks._yaml_loader import load_yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -115,7 +116,7 @@ def shared(tmp_path_factory):
 
 
 def load(task, subject, cache_dir, **changes):
-    options = {"length": LENGTH, "count": 4, "seed": 5} | changes
+    options = {"length": LENGTH, "count": 4, "seed": 5, "max_new_tokens": 7} | changes
     return hub.load(task, tokenizer=subject.tokenizer, cache_dir=cache_dir, **options)
 
 
@@ -124,7 +125,10 @@ def test_every_task_loads_with_lm_evals_own_settings(task, sources, subject, sha
     loaded, documents = load(task, subject, shared)
     (made,) = loaded["tasks"].values()
     assert len(documents) == len(made.eval_docs) == 4
-    assert made.config.generation_kwargs["max_gen_toks"] == TASKS[task].max_new_tokens
+    assert made.config.generation_kwargs["max_gen_toks"] == 7
+    own = load_yaml(harness.task_manager(harness.HUB_TASKS).task_index[made.task_name].yaml_path)
+    assert own["generation_kwargs"]["max_gen_toks"] == TASKS[task].max_new_tokens
+    assert own["generation_kwargs"]["until"] == [] and own["doc_to_text"] == "{{input}}"
     assert len({document["key"] for document in documents}) == 4
     for document in documents:
         assert document["metric"] == TASKS[task].metric

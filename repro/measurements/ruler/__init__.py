@@ -34,12 +34,8 @@ def run(context: CellContext) -> dict[str, Any]:
     options = context.options
     if context.subject.tokenizer is None:
         raise UnsupportedCombination(f"ruler: {context.subject.name} has no tokenizer")
-    loaded, documents = _load(context)
-    model = StoredLM(
-        context,
-        batch_size=options["batch_size"],
-        max_new_tokens=options["max_new_tokens"],
-    )
+    loaded, documents = load(context)
+    model = StoredLM(context, batch_size=options["batch_size"])
     samples = run_task(model, loaded, chat_template=options["chat_template"])
     body: dict[str, Any] = {
         "metrics": _metrics(samples, [model.generations[d["key"]] for d in documents]),
@@ -56,7 +52,7 @@ def run(context: CellContext) -> dict[str, Any]:
     return body
 
 
-def _load(context: CellContext) -> tuple[Any, list[dict[str, Any]]]:
+def load(context: CellContext) -> tuple[Any, list[dict[str, Any]]]:
     """Return lm-eval's loaded task and the documents of the cell, by source."""
     options, tokenizer = context.options, context.subject.tokenizer
     wanted = {
@@ -69,7 +65,7 @@ def _load(context: CellContext) -> tuple[Any, list[dict[str, Any]]]:
     if options["source"] == "hub":
         from repro.measurements.ruler import hub
 
-        return hub.load(options["task"], **wanted)
+        return hub.load(options["task"], max_new_tokens=options["max_new_tokens"], **wanted)
 
     from repro.measurements.ruler import harness
     from repro.measurements.ruler.generate import generate_items
@@ -89,7 +85,10 @@ def _load(context: CellContext) -> tuple[Any, list[dict[str, Any]]]:
         }
         for item in items
     ]
-    overrides = {"custom_dataset": harness.dataset_of(documents)}
+    overrides = {
+        "custom_dataset": harness.dataset_of(documents),
+        "generation_kwargs": harness.greedy(options["max_new_tokens"]),
+    }
     return harness.load_task(harness.OWN_TASKS, "repro_ruler", overrides), documents
 
 

@@ -68,11 +68,10 @@ class StoredLM(LM):
         stats: The joined observations of the patch, after ``generate_until``.
     """
 
-    def __init__(self, context: CellContext, *, batch_size: int, max_new_tokens: int) -> None:
+    def __init__(self, context: CellContext, *, batch_size: int) -> None:
         super().__init__()
         self._context = context
         self._batch_size = batch_size
-        self._max_new_tokens = max_new_tokens
         self.generations: dict[str, dict[str, Any]] = {}
         self.stats: dict[str, Any] = {}
 
@@ -81,8 +80,9 @@ class StoredLM(LM):
         keys = [request.doc["key"] for request in requests]
         if not self._recall(keys):
             prompts = [encode(self._context.subject.tokenizer, r.args[0]) for r in requests]
-            self._check_positions(prompts)
-            self._compute(keys, prompts, requests[0].args[1].get("until") or ())
+            settings = requests[0].args[1]
+            self._check_positions(prompts, settings["max_gen_toks"])
+            self._compute(keys, prompts, settings)
             self._recall(keys)
         return [self.generations[key]["text"] for key in keys]
 
@@ -96,8 +96,8 @@ class StoredLM(LM):
         self.stats = merge_stats([(b["items"], b["stats"]) for b in batches if b is not None])
         return len(self.generations) == len(items) and None not in batches
 
-    def _check_positions(self, prompts: Sequence[torch.Tensor]) -> None:
-        longest = max(prompt.numel() for prompt in prompts) + self._max_new_tokens
+    def _check_positions(self, prompts: Sequence[torch.Tensor], new_tokens: int) -> None:
+        longest = max(prompt.numel() for prompt in prompts) + new_tokens
         info = self._context.subject.info
         if longest > info.max_length:
             raise UnsupportedCombination(
@@ -107,7 +107,7 @@ class StoredLM(LM):
             )
 
     def _compute(
-        self, keys: Sequence[str], prompts: Sequence[torch.Tensor], stop: Sequence[str]
+        self, keys: Sequence[str], prompts: Sequence[torch.Tensor], settings: Mapping[str, Any]
     ) -> None:
         """Compute and store every batch that is not stored whole."""
         context = self._context
@@ -123,8 +123,8 @@ class StoredLM(LM):
                     results = decode_batch(
                         context.subject,
                         [prompts[item] for item in batch],
-                        max_new_tokens=self._max_new_tokens,
-                        stop=stop,
+                        max_new_tokens=settings["max_gen_toks"],
+                        stop=settings.get("until") or (),
                         cache=patch.make_cache(),
                     )
                     self._store(place, [keys[item] for item in batch], results, patch.stats())

@@ -51,6 +51,11 @@ def load_task(folder: Path, name: str, overrides: Mapping[str, Any]) -> Any:
         return task_manager(folder).load([cell])
 
 
+def greedy(max_new_tokens: int) -> dict[str, Any]:
+    """Return the ``generation_kwargs`` of RULER: greedy, ended by the end token or the limit."""
+    return {"do_sample": False, "until": [], "max_gen_toks": max_new_tokens}
+
+
 def dataset_of(documents: Sequence[Mapping[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Return a ``custom_dataset`` function that gives these documents."""
     table = datasets.Dataset.from_list([dict(document) for document in documents])

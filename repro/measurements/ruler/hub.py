@@ -23,7 +23,7 @@ import numpy as np
 
 from repro.errors import MissingResource, UnsupportedCombination
 from repro.keys import digest
-from repro.measurements.ruler.harness import HUB_TASKS, dataset_of, load_task
+from repro.measurements.ruler.harness import HUB_TASKS, dataset_of, greedy, load_task
 from repro.measurements.ruler.scoring import item_score
 from repro.measurements.ruler.tasks import TASKS
 
@@ -47,7 +47,14 @@ def task_name(task: str) -> str:
 
 
 def load(
-    task: str, *, length: int, count: int, seed: int, tokenizer: Any, cache_dir: Path
+    task: str,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    max_new_tokens: int,
+    tokenizer: Any,
+    cache_dir: Path,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Load one of lm-eval's RULER tasks over the first ``count`` of its cached documents.
 
@@ -56,6 +63,7 @@ def load(
         length: Tokens of prompt and answer together.
         count: Number of documents, at most lm-eval's 500.
         seed: Seeds the generators, which draw from Python's and numpy's global state.
+        max_new_tokens: Limit of new tokens.
         tokenizer: The subject's tokenizer, which measures the length.
         cache_dir: Where documents (and the tokenizer, for lm-eval to load) are kept.
 
@@ -72,6 +80,7 @@ def load(
     documents = _documents(task, length, seed, tokenizer, Path(cache_dir))[:count]
     overrides = {
         "custom_dataset": dataset_of(documents),
+        "generation_kwargs": greedy(max_new_tokens),
         "process_results": process_results,
         "metric_list": [
             {"metric": name, "aggregation": "mean", "higher_is_better": True}

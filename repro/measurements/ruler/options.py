@@ -24,7 +24,6 @@ class RulerOptions:
         samples: Items per task and length.
         batch_size: Items generated together, and stored together.
         source: ``embedded`` (made here, offline) or ``hub`` (lm-eval's own prompts and data).
-        repeat: Above 0, the same items computed afresh: dense against dense is the noise floor.
         max_new_tokens: Limit for every task, or None for the official limit of each.
         chat_template: Wrap the prompt in the subject's chat template.
     """
@@ -34,7 +33,6 @@ class RulerOptions:
     samples: int = 20
     batch_size: int = 4
     source: Literal["embedded", "hub"] = "embedded"
-    repeat: int = 0
     max_new_tokens: int | None = None
     chat_template: bool = False
 
@@ -50,7 +48,6 @@ class RulerOptions:
         if self.source == "hub":
             rule = f"at most {HUB_SAMPLES} with source: hub"
             _require("samples", self.samples <= HUB_SAMPLES, rule, self.samples)
-        _require("repeat", self.repeat >= 0, "at least 0", self.repeat)
         limit = self.max_new_tokens
         _require("max_new_tokens", limit is None or limit >= 1, "at least 1, or null", limit)
 
@@ -89,7 +86,6 @@ def expand(options: RulerOptions) -> list[dict[str, Any]]:
             "samples": options.samples,
             "batch_size": options.batch_size,
             "source": options.source,
-            "repeat": options.repeat,
             "max_new_tokens": options.max_new_tokens or TASKS[task].max_new_tokens,
             "chat_template": options.chat_template,
         }
