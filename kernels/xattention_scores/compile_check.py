@@ -27,11 +27,15 @@ def _case(head_dim: int, stride: int, block_size: int, causal: bool, padded: boo
             "STRIDE": stride,
             "PER_BLOCK": per_block,
             **tile,
+            # The launcher specialises on strides of 1 and on multiples of 16.
+            "stride_qd": 1,
+            "stride_kd": 1,
             "CAUSAL": causal,
             "PADDED": padded,
             "REVERSED": True,
             "PRECISION": "tf32",
         },
+        multiples=["head_dim", *(name for name in _STRIDES if not name.endswith("d"))],
         **launch,
     )
 
