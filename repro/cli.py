@@ -81,7 +81,7 @@ def plan(
     from repro import manifest as manifests
     from repro.plan import make_plan
 
-    made = make_plan(manifests.load(manifest), profile, device=device)
+    made = make_plan(manifests.load(manifest, profile=profile), profile, device=device)
     listing = listings.plan(made, runs)
     _emit(listing, as_json, lambda: listings.print_plan(listing))
 
@@ -166,7 +166,7 @@ def verify(
 
     rows = reports.verify(list(slugs or []), runs=Path(runs), results=Path(results))
     _emit(rows, as_json, lambda: listings.print_verdicts(rows))
-    sys.exit(1 if listings.broken_proxy_claims(rows) else 0)
+    sys.exit(1 if any(row["broken"] for row in rows) else 0)
 
 
 @app.command()
@@ -180,8 +180,11 @@ def bench(
     from rich.console import Console
 
     from repro import bench as benches
+    from repro.plan import resolve_device
 
     console = Console(stderr=as_json)
+    if device == "auto":  # a device that is asked for and absent gets rows that say so
+        device = resolve_device(device)
     measured = benches.run(list(names or []), device=device, quick=quick, console=console)
     _emit(measured, as_json, lambda: None)
 

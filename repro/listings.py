@@ -31,7 +31,7 @@ def method(slug: str) -> Row:
     options = [
         {
             "name": entry.name,
-            "type": str(entry.type),
+            "type": entry.type.__name__ if isinstance(entry.type, type) else str(entry.type),
             "default": _default(entry),
         }
         for entry in dataclasses.fields(found.config)
@@ -69,11 +69,6 @@ def zoo() -> list[Row]:
         except ReproError as error:
             rows.append({"name": subject, "status": str(error)})
     return rows
-
-
-def broken_proxy_claims(rows: list[Row]) -> list[Row]:
-    """Return the proxy claims that this machine's own numbers contradict."""
-    return [row for row in rows if row.get("proxy") and row.get("verdict") == "not reproduced"]
 
 
 def print_methods(rows: list[Row]) -> None:
@@ -127,11 +122,10 @@ def print_zoo(rows: list[Row]) -> None:
 
 def print_verdicts(rows: list[Row]) -> None:
     columns = ["method", "claim", "paper", "measured", "verdict", "reason"]
-    known = [name for name in columns if any(name in row for row in rows)]
     if not rows:
         print("no claims")
         return
-    _table(known or list(rows[0]), [[row.get(name, "") for name in known] for row in rows])
+    _table(columns, [[row[name] for name in columns] for row in rows])
 
 
 def _summary(found: Method) -> Row:

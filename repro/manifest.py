@@ -150,9 +150,9 @@ class Manifest:
 
 class _Resources(BaseModel):
     model_config = _STRICT
-    gpus: int = Field(0, ge=0, le=64)
-    gpu_memory_gib: float = Field(0.0, ge=0)
-    memory_gib: float = Field(0.0, ge=0)
+    gpus: int = Field(default=0, ge=0, le=64)
+    gpu_memory_gib: float = Field(default=0.0, ge=0)
+    memory_gib: float = Field(default=0.0, ge=0)
 
 
 class _Profile(BaseModel):
@@ -162,7 +162,7 @@ class _Profile(BaseModel):
     measurements: list[Any] = Field(min_length=1)
     seeds: list[int] = Field(default=[0], min_length=1)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    timeout_minutes: float = Field(60.0, gt=0)
+    timeout_minutes: float = Field(default=60.0, gt=0)
     resources: _Resources = _Resources()
 
 
@@ -172,21 +172,27 @@ class _Top(BaseModel):
     profiles: dict[str, Any] = Field(min_length=1)
 
 
-def load(path: str | Path) -> Manifest:
+def load(path: str | Path, *, profile: str | None = None) -> Manifest:
     """Read and check a manifest whole; nothing heavy is loaded.
+
+    Args:
+        path: The manifest.
+        profile: Describe the subjects of this profile alone (None: of all). Describing a hub model
+            asks the hub, which a run of the embedded profile must not.
 
     Raises:
         BadInput: With every fault of the file, each as ``<file>:<line>: <path> must be <rule>,
             got <value>``.
     """
-    return _Reader(yamlfile.load(path)).manifest()
+    return _Reader(yamlfile.load(path), profile).manifest()
 
 
 class _Reader:
     """Checks one file and collects its faults."""
 
-    def __init__(self, file: YamlFile) -> None:
+    def __init__(self, file: YamlFile, described: str | None) -> None:
         self.file = file
+        self.described = described
         self.faults: list[Fault] = []
         self.infos: dict[str, SubjectInfo] = {}
         self.missing: dict[str, str] = {}
@@ -228,7 +234,8 @@ class _Reader:
         shape = self._validate(_Profile, raw, at)
         if not isinstance(raw, dict):
             return None
-        names = self._subjects(raw.get("subjects"), (*at, "subjects"))
+        describe = self.described in (None, name)
+        names = self._subjects(raw.get("subjects"), (*at, "subjects"), describe)
         methods = self._methods(raw.get("methods"), (*at, "methods"))
         entries = self._measurements(raw.get("measurements"), (*at, "measurements"), names)
         self._distinct(raw.get("seeds"), (*at, "seeds"), canonical_json)
@@ -245,14 +252,17 @@ class _Reader:
             resources=shape.resources.model_dump(),
         )
 
-    def _subjects(self, raw: Any, at: Location) -> list[str]:
+    def _subjects(self, raw: Any, at: Location, describe: bool) -> list[str]:
         names = [name for name in raw if isinstance(name, str)] if isinstance(raw, list) else []
         self._distinct(raw, at, str)
         for index, name in enumerate(raw if isinstance(raw, list) else ()):
             if not isinstance(name, str) or name in self.infos or name in self.missing:
                 continue
             try:
-                self.infos[name] = subjects.describe(name)
+                if describe:
+                    self.infos[name] = subjects.describe(name)
+                else:
+                    subjects.check_scheme(name)
             except MissingResource as error:
                 self.missing[name] = str(error)
             except BadInput as error:

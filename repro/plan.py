@@ -190,14 +190,20 @@ class _Planner:
             skipped=tuple(dict.fromkeys(self.skipped)),
         )
 
+    def _info(self, subject: str) -> SubjectInfo:
+        """Return what is known of a subject; a missing one is planned all the same."""
+        if subject in self.manifest.infos:
+            return self.manifest.infos[subject]
+        if not self._is_missing(subject):
+            raise ValueError(f"make_plan: load the manifest with profile={self.profile.name!r}")
+        return SubjectInfo(name=subject, kind="unknown", revision="missing", max_length=0)
+
     def _is_missing(self, subject: str) -> bool:
         return subject in self.manifest.missing
 
     def _cells(self) -> Iterator[PlannedCell]:
         for subject in self.profile.subjects:
-            info = self.manifest.infos.get(subject) or SubjectInfo(
-                name=subject, kind="unknown", revision="missing", max_length=0
-            )
+            info = self._info(subject)
             for entry in self.profile.measurements:
                 measurement = self.measurements[entry.name]
                 known = not self._is_missing(subject)

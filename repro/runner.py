@@ -69,13 +69,13 @@ def run(
         KeyboardInterrupt: On Ctrl-C; calling again goes on.
     """
     seconds = None if budget is None else parse_duration(budget)
-    checked = manifest.load(path)
+    checked = manifest.load(path, profile=profile)
     plan = make_plan(checked, profile, device=device)
     selected = plan.select(only)
     name = executors.choose(plan, address=address) if executor == "auto" else executor
     module = executors.get(name)
     with RunStore(runs).lock():
-        machine = _machine_of(plan.device)
+        machine = machine_of(plan.device)
         with listener_for(len(selected), plan.estimate_seconds, quiet=quiet) as listener:
             store = RunStore(runs, warn=listener.message)
             store.write_index(plan.to_json(), plan.manifest)
@@ -92,8 +92,8 @@ def run(
             module.execute(session)
             counts = dict(listener.counts)
     records = tuple(session.records[planned.key] for planned in selected)
-    if plan.missing and all(record["status"] == "not_run" for record in records):
-        needs = "\n".join(f"{what}: {how}" for what, how in plan.missing.items())
+    if seconds is None and all(record["status"] == "not_run" for record in records):
+        needs = "\n".join(dict.fromkeys(record["message"] for record in records))
         raise MissingResource(f"nothing of profile {profile} can run here:\n{needs}")
     return Outcome(name=plan.name, profile=profile, records=records, counts=counts)
 
@@ -111,7 +111,8 @@ def parse_duration(text: str) -> float:
     return float(match.group(1)) * _UNITS[match.group(2)]
 
 
-def _machine_of(device: str) -> str:
+def machine_of(device: str) -> str:
+    """Return the key of this machine; fixes the number of threads."""
     from repro import environment
 
     environment.set_threads()

@@ -84,6 +84,15 @@ def _scheme_module(name: str) -> tuple[Any, str]:
     return importlib.import_module(known[scheme]), rest
 
 
+def check_scheme(name: str) -> None:
+    """Check that a subject's scheme exists; its files are not looked at.
+
+    Raises:
+        BadInput: If the scheme is unknown.
+    """
+    _scheme_module(name)
+
+
 def describe(name: str) -> SubjectInfo:
     """Describe a subject without loading weights or importing torch.
 
