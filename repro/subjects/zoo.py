@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from repro.errors import BadInput, Fault, MissingResource, ReproError, near_matches
+from repro.errors import MissingResource
 from repro.subjects import Subject, SubjectInfo, _llm
 
 
@@ -19,12 +19,12 @@ def known() -> list[str]:
 def describe(rest: str) -> SubjectInfo:
     """Describe a zoo model from its files; no torch."""
     folder = _folder(rest)
-    config = _llm.read_config(folder / "config.json", f"zoo:{rest}")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise MissingResource(
             f"zoo:{rest}: no weights in {folder}; make them with `repro zoo train {rest}`"
         )
+    config = _llm.read_config(folder / "config.json", f"zoo:{rest}")
     return SubjectInfo(
         name=f"zoo:{rest}",
         kind="llm",
@@ -37,7 +37,7 @@ def describe(rest: str) -> SubjectInfo:
 def load(rest: str, *, device: str = "auto", dtype: str = "auto") -> Subject:
     """Load a zoo model after its files have passed their checksums."""
     info = describe(rest)
-    _verify(rest)
+    _zoo().verify(rest)
     return _llm.load_llm(info, str(_folder(rest)), device=device, dtype=dtype)
 
 
@@ -46,27 +46,4 @@ def _zoo() -> Any:
 
 
 def _folder(name: str) -> Path:
-    zoo = _zoo()
-    if name not in zoo.names():
-        raise BadInput(
-            Fault("subjects", "a zoo model", "a known name", name, near_matches(name, zoo.names()))
-        )
-    return Path(zoo.zoo_path(name))
-
-
-def _verify(name: str) -> None:
-    """Raise one clear message if a shipped file differs from its recorded checksum."""
-    zoo = _zoo()
-    try:
-        faults: Any = zoo.verify(name)
-    except ReproError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        faults = [str(error)]
-    if faults is False:
-        faults = ["a file differs from its recorded checksum"]
-    if faults and faults is not True:
-        shown = faults if isinstance(faults, str) else "; ".join(map(str, faults))
-        raise MissingResource(
-            f"zoo:{name}: {shown}; restore the files (git checkout, or install the package again)"
-        )
+    return Path(_zoo().zoo_path(name))
