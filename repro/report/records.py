@@ -129,9 +129,14 @@ def committed_files(records: Iterable[Record]) -> dict[str, bytes]:
         for name, value in parts.items():
             if name not in known:
                 known.add(name)
-                out.append(canonical_json({"shared": name, "value": value}))
-        out.append(canonical_json(folded))
+                out.append(_line({"shared": name, "value": value}))
+        out.append(_line(folded))
     return {f"{name}.jsonl": ("\n".join(text) + "\n").encode() for name, text in lines.items()}
+
+
+def _line(value: Any) -> str:
+    """Return one line of JSON; the order of keys is kept, since tables show metrics in it."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def _fold(record: Record) -> tuple[Record, dict[str, Any]]:
