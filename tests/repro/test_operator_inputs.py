@@ -55,8 +55,8 @@ def test_every_pattern_is_there():
     n_blocks = mass.shape[-1]
     even = 1 / torch.arange(1, n_blocks + 1)
     late = slice(n_blocks // 2, None)
-    assert (mass[:, late, 0].mean(0) > 2 * even[late]).all()  # sink
-    assert (mass.diagonal(dim1=1, dim2=2).mean(0)[late] > 2 * even[late]).all()  # band
+    assert mass[:, late, 0].mean() > 5 * even[late].mean()  # sink
+    assert mass.diagonal(dim1=1, dim2=2)[:, late].mean() > 3 * even[late].mean()  # band
 
 
 def test_hot_blocks_differ_between_query_heads():
