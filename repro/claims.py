@@ -173,6 +173,11 @@ class Claim:
     query: Query | None
     where: str = ""
 
+    def as_json(self) -> dict[str, Any]:
+        """Return all fields as plain JSON types."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**found, "query": self.query.model_dump(mode="json") if self.query else None}
+
 
 @dataclass(frozen=True)
 class Paper:

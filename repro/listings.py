@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def print_method(detail: Row) -> None:
     options = [[row["name"], row["type"], row["default"]] for row in detail["options"]]
     _table(["option", "type", "default"], options)
     if detail["claim_list"]:
-        names = [name for name in ("id", "quantity", "value", "unit", "model", "source")]
+        names = ["id", "what", "value", "unit", "model", "source"]
         rows = [[claim.get(name, "") for name in names] for claim in detail["claim_list"]]
         _table(names, rows)
 
@@ -139,24 +138,10 @@ def _summary(found: Method) -> Row:
 
 
 def _claims(found: Method) -> list[Row]:
-    """Return the raw claims of a method's ``paper.yaml``; ``repro.claims`` judges them."""
-    import yaml
+    """Return the claims of a method's ``paper.yaml``, one per number."""
+    from repro import claims
 
-    module = registry.sources()[found.slug].module
-    package = module if _is_package(module) else module.rpartition(".")[0]
-    try:
-        text = (resources.files(package) / "paper.yaml").read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError, ModuleNotFoundError, ValueError):
-        return []
-    data = yaml.safe_load(text) or {}
-    claims = data.get("claims") if isinstance(data, dict) else data
-    return jsonable(claims or [])
-
-
-def _is_package(module: str) -> bool:
-    import sys
-
-    return hasattr(sys.modules.get(module), "__path__")
+    return [claim.as_json() for claim in claims.for_method(found.slug).claims]
 
 
 def _default(entry: dataclasses.Field[Any]) -> Any:

@@ -239,7 +239,10 @@ def plugins(tmp_path, monkeypatch):
         "measurements/noop.py": MEASUREMENT,
         "measurements/paired.py": PAIRED,
         "methods/fake/__init__.py": METHOD,
-        "methods/fake/paper.yaml": "claims:\n  - {id: one, value: 1}\n",
+        "methods/fake/paper.yaml": (
+            "paper: fake\ntitle: Fake\nclaims:\n"
+            "  - {id: one, what: w, unit: x, model: m, source: s, needs: n, values: [{value: 1}]}\n"
+        ),
         "kernels/fakekernel/__init__.py": "VALUE = 1\n",
         "kernels/fakekernel/bench.py": "SUITE = None\n",
         "subjects/toy.py": SUBJECT,
