@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ def run(*, quick: bool, console: Any = None) -> dict[str, Any]:
 
     Returns:
         ``ratio`` (``repro run`` over lm-eval; geometric mean over pairs with its interval),
-        ``seconds`` of every run of each side, ``same_answers`` (share of items whose text is
+        ``seconds`` of every run of each side, both again in processor time (which a machine shared
+        with other work disturbs less, best with ``REPRO_THREADS=1``), ``same_answers`` (share of items whose text is
         equal), what was run, and ``bar``.
     """
     from repro.statistics import as_json, geometric_mean
@@ -54,9 +57,11 @@ def run(*, quick: bool, console: Any = None) -> dict[str, Any]:
         # Warm-up: imports, and the items of both sides in the cache.
         _through_lm_eval(subject, work, warm_up=True)
         _through_repro(subject, {**work, "samples": BATCH_SIZE}, Path(temporary))
-        seconds, answers = _alternate(sides, pairs=3 if quick else 5)
-    ratios = [ours / theirs for ours, theirs in zip(*seconds.values(), strict=True)]
-    mean = geometric_mean(ratios)
+        seconds, processor, answers = _alternate(sides, pairs=3 if quick else 5)
+    mean, busy = (
+        geometric_mean([ours / theirs for ours, theirs in zip(*times.values(), strict=True)])
+        for times in (seconds, processor)
+    )
     ours, theirs = answers.values()
     result: dict[str, Any] = {
         "subject": subject,
@@ -64,7 +69,11 @@ def run(*, quick: bool, console: Any = None) -> dict[str, Any]:
         "work": {**work, "batch_size": BATCH_SIZE},
         "items": len(ours),
         "seconds": {side: [round(value, 2) for value in runs] for side, runs in seconds.items()},
-        "ratio": {"value": mean.value, "low": mean.low, "high": mean.high, "n": mean.n},
+        "processor_seconds": {
+            side: [round(value, 2) for value in runs] for side, runs in processor.items()
+        },
+        "ratio": asdict(mean),
+        "processor_ratio": asdict(busy),
         "same_answers": sum(ours[key] == theirs[key] for key in ours) / len(ours),
         "bar": BAR,
         "within_bar": mean.value <= BAR,
@@ -76,17 +85,19 @@ def run(*, quick: bool, console: Any = None) -> dict[str, Any]:
 
 def _alternate(
     sides: Mapping[str, Callable[[], dict[str, str]]], *, pairs: int
-) -> tuple[dict[str, list[float]], dict[str, dict[str, str]]]:
-    """Return seconds by side, pair by pair (ABBA), and the answers by item key of the last runs."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, dict[str, str]]]:
+    """Return wall and processor seconds by side, pair by pair (ABBA), and the last answers."""
     answers: dict[str, dict[str, str]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    processor: dict[str, list[float]] = {name: [] for name in sides}
     for pair in range(pairs):
         for name in sides if pair % 2 == 0 else reversed(list(sides)):
             gc.collect()
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             answers[name] = sides[name]()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds, answers
+            seconds[name].append(time.perf_counter() - started[0])
+            processor[name].append(time.process_time() - started[1])
+    return seconds, processor, answers
 
 
 def _through_repro(subject: str, work: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -196,15 +207,18 @@ def _print(console: Any, result: Mapping[str, Any]) -> None:
 
     title = f"RULER, {result['items']} items, batch {BATCH_SIZE}, {result['subject']}"
     table = Table(title=title, caption=result["note"] or None)
-    for column in ("side", "seconds (each run)", "median"):
+    for column in ("side", "seconds (each run)", "median", "processor seconds", "median"):
         table.add_column(column, justify="left" if column == "side" else "right")
     names = {"repro": "repro run", "lm_eval": "lm-eval simple_evaluate + HFLM"}
-    for side, runs in result["seconds"].items():
-        middle = sorted(runs)[len(runs) // 2]
-        table.add_row(names[side], " ".join(f"{value:.1f}" for value in runs), f"{middle:.1f}")
+    for side, name in names.items():
+        row = []
+        for runs in (result["seconds"][side], result["processor_seconds"][side]):
+            row += [" ".join(f"{value:.1f}" for value in runs), f"{statistics.median(runs):.1f}"]
+        table.add_row(name, *row)
     console.print(table)
-    ratio = result["ratio"]
-    console.print(
-        f"ratio {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], bar {BAR}; "
-        f"{result['same_answers']:.1%} of the answers are the same text"
-    )
+    for name, label in (("ratio", "ratio"), ("processor_ratio", "ratio of processor time")):
+        ratio = result[name]
+        console.print(
+            f"{label} {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}], bar {BAR}"
+        )
+    console.print(f"{result['same_answers']:.1%} of the answers are the same text")
