@@ -12,6 +12,8 @@
 
 An entry is a name or ``{name: {options}}``. ``sweep`` is the only place where a list means a grid.
 ``dense`` is added where it is missing; its ``reruns`` repeat the dense cells as the noise floor.
+A method's ``only: {ruler: {samples: 20}}`` keeps it to some measurements, with other options there:
+a control of many draws need not run everywhere, nor on every item.
 """
 
 from __future__ import annotations
@@ -21,23 +23,22 @@ import itertools
 import json
 import math
 import re
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError
 
 from repro import measurements, registry, subjects, yamlfile
 from repro.errors import BadInput, Fault, MissingResource, near_matches
 from repro.keys import canonical_json, jsonable
 from repro.measurements import Measurement
+from repro.schema import STRICT, changed_fields, model_of, rule_of
 from repro.subjects import SubjectInfo
 from repro.yamlfile import Location, YamlFile, dotted
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # profile and paper names become file names
-_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class MethodEntry:
 
     Attributes:
         shown: Fields that a label shows: swept ones and those that differ from the default.
+        index: Place in the profile's list, -1 for a dense entry that was added.
         config_object: The validated dataclass, None for dense.
     """
 
@@ -69,15 +71,25 @@ class MethodEntry:
     shown: tuple[str, ...] = ()
     reruns: int = 0
     config_object: Any = field(default=None, compare=False, repr=False)
+    index: int = field(default=-1, compare=False)
 
 
 @dataclass(frozen=True)
 class MeasurementEntry:
-    """One measurement with its options and the cells that they expand to."""
+    """One measurement with its options and the cells that they expand to.
+
+    Attributes:
+        restricted: Index of a method entry with ``only`` -> the cells that it runs instead.
+    """
 
     name: str
     options: dict[str, Any]
     cells: tuple[dict[str, Any], ...]
+    restricted: Mapping[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
+
+    def cells_of(self, method: MethodEntry) -> tuple[dict[str, Any], ...]:
+        """Return the cells that a method runs."""
+        return self.restricted.get(method.index, self.cells)
 
 
 @dataclass(frozen=True)
@@ -149,14 +161,14 @@ class Manifest:
 
 
 class _Resources(BaseModel):
-    model_config = _STRICT
+    model_config = STRICT
     gpus: int = Field(default=0, ge=0, le=64)
     gpu_memory_gib: float = Field(default=0.0, ge=0)
     memory_gib: float = Field(default=0.0, ge=0)
 
 
 class _Profile(BaseModel):
-    model_config = _STRICT
+    model_config = STRICT
     subjects: list[str] = Field(min_length=1)
     methods: list[Any] = Field(default_factory=list)
     measurements: list[Any] = Field(min_length=1)
@@ -167,7 +179,7 @@ class _Profile(BaseModel):
 
 
 class _Top(BaseModel):
-    model_config = _STRICT
+    model_config = STRICT
     paper: str | None = None
     profiles: dict[str, Any] = Field(min_length=1)
 
@@ -236,8 +248,9 @@ class _Reader:
             return None
         describe = self.described in (None, name)
         names = self._subjects(raw.get("subjects"), (*at, "subjects"), describe)
+        only = self._only(raw, at)
         methods = self._methods(raw.get("methods"), (*at, "methods"))
-        entries = self._measurements(raw.get("measurements"), (*at, "measurements"), names)
+        entries = self._measurements(raw.get("measurements"), (*at, "measurements"), names, only)
         self._distinct(raw.get("seeds"), (*at, "seeds"), canonical_json)
         if shape is None or len(self.faults) > before:
             return None
@@ -279,7 +292,7 @@ class _Reader:
             if parsed is None:
                 continue
             slug, options, place = parsed
-            for entry in self._configs(slug, options, place):
+            for entry in self._configs(slug, options, place, index):
                 key = canonical_json([entry.slug, entry.config])
                 if key in places:
                     first = dotted((*at, places[key]))
@@ -291,15 +304,49 @@ class _Reader:
             entries.insert(0, MethodEntry(registry.DENSE, {}))
         return entries
 
-    def _configs(self, slug: str, options: dict[str, Any], at: Location) -> Iterator[MethodEntry]:
+    def _only(self, raw: dict[str, Any], at: Location) -> dict[int, dict[str, dict[str, Any]]]:
+        """Return index of a method entry -> measurement -> options that replace the profile's."""
+        methods, entries = raw.get("methods"), raw.get("measurements")
+        known = [
+            entry if isinstance(entry, str) else next(iter(entry))
+            for entry in (entries if isinstance(entries, list) else ())
+            if isinstance(entry, str) or (isinstance(entry, dict) and len(entry) == 1)
+        ]
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        for index, value in enumerate(methods if isinstance(methods, list) else ()):
+            slug, options = next(iter(value.items())) if isinstance(value, dict) else ("", None)
+            if not isinstance(options, dict) or "only" not in options:
+                continue
+            place = (*at, "methods", index, slug, "only")
+            only = options["only"]
+            if isinstance(only, list) and all(isinstance(name, str) for name in only):
+                only = {name: {} for name in only}
+            if not isinstance(only, dict) or not only:
+                self._fault(place, "measurements of this profile, not empty", options["only"])
+                continue
+            for name, changes in only.items():
+                if name not in known:
+                    rule = "a measurement of this profile"
+                    self._fault((*place, name), rule, name, near_matches(name, known))
+                elif changes is not None and not isinstance(changes, dict):
+                    self._fault((*place, name), "a mapping of options", changes)
+            found[index] = {
+                name: changes if isinstance(changes, dict) else {} for name, changes in only.items()
+            }
+        return found
+
+    def _configs(
+        self, slug: str, options: dict[str, Any], at: Location, index: int
+    ) -> Iterator[MethodEntry]:
         """Yield one entry per point of the grid that ``sweep`` spans."""
         if slug == registry.DENSE:
-            dense = self._build(DenseOptions, options, {}, at)
+            own = {name: value for name, value in options.items() if name != "only"}
+            dense = self._build(DenseOptions, own, {}, at)
             if dense is not None:
-                yield MethodEntry(slug, {}, reruns=dense.reruns)
+                yield MethodEntry(slug, {}, reruns=dense.reruns, index=index)
             return
         config_type = registry.get(slug).config
-        fixed = {name: value for name, value in options.items() if name != "sweep"}
+        fixed = {name: value for name, value in options.items() if name not in ("sweep", "only")}
         axes = self._axes(options, at, {field.name for field in dataclasses.fields(config_type)})
         if axes is None:
             return
@@ -313,9 +360,9 @@ class _Reader:
             if config is None:
                 continue
             values = jsonable(dataclasses.asdict(config))
-            changed = _changed_fields(config)
+            changed = changed_fields(config)
             shown = tuple(name for name in values if name in changed or name in swept)
-            yield MethodEntry(slug, values, shown, config_object=config)
+            yield MethodEntry(slug, values, shown, config_object=config, index=index)
 
     def _axes(
         self, options: dict[str, Any], at: Location, known: set[str]
@@ -341,7 +388,13 @@ class _Reader:
             fine = False
         return dict(sweep) if fine else None
 
-    def _measurements(self, raw: Any, at: Location, names: list[str]) -> list[MeasurementEntry]:
+    def _measurements(
+        self,
+        raw: Any,
+        at: Location,
+        names: list[str],
+        only: Mapping[int, Mapping[str, dict[str, Any]]],
+    ) -> list[MeasurementEntry]:
         entries: list[MeasurementEntry] = []
         places: dict[str, int] = {}
         for index, value in enumerate(raw if isinstance(raw, list) else ()):
@@ -363,8 +416,41 @@ class _Reader:
                 places.setdefault(key, index)
             self._check_lengths(cells, names, place)
             self._check_kinds(measurement, names, place)
-            entries.append(MeasurementEntry(name, jsonable(dataclasses.asdict(built)), cells))
+            restricted = self._restricted(measurement, options, names, (*at[:-1], "methods"), only)
+            resolved = jsonable(dataclasses.asdict(built))
+            entries.append(MeasurementEntry(name, resolved, cells, restricted))
         return entries
+
+    def _restricted(
+        self,
+        measurement: Measurement,
+        options: dict[str, Any],
+        names: list[str],
+        at: Location,
+        only: Mapping[int, Mapping[str, dict[str, Any]]],
+    ) -> dict[int, tuple[dict[str, Any], ...]]:
+        """Return the cells of the method entries that ``only`` keeps from the whole measurement."""
+        found: dict[int, tuple[dict[str, Any], ...]] = {}
+        for index, kept in only.items():
+            changes = kept.get(measurement.name)
+            if changes is None:
+                found[index] = ()
+            elif changes:
+                [slug] = self._part((*at, index))
+                place = (*at, index, slug, "only", measurement.name)
+                places = {name: (*place, name) for name in changes}
+                built = self._build(measurement.options, {**options, **changes}, places, place)
+                if built is not None:
+                    cells = tuple(jsonable(cell) for cell in measurement.expand(built))
+                    self._check_lengths(cells, names, place)
+                    found[index] = cells
+        return found
+
+    def _part(self, at: Location) -> Any:
+        part = self.file.data
+        for step in at:
+            part = part[step]
+        return part
 
     def _check_lengths(
         self, cells: tuple[dict[str, Any], ...], names: list[str], at: Location
@@ -415,7 +501,7 @@ class _Reader:
         ``places`` says where a value stands that is not under its own name (a swept one).
         """
         fields = {field.name for field in dataclasses.fields(kind)}
-        model = _model_of(kind)
+        model = model_of(kind)
         try:
             checked = model.model_validate_json(json.dumps(options))
         except ValidationError as error:
@@ -427,8 +513,8 @@ class _Reader:
         try:
             return kind(**{name: getattr(checked, name) for name in checked.model_fields_set})
         except (ValueError, TypeError) as error:
-            for line in str(error).splitlines():
-                self._rule_fault(line, fields, places, at)
+            for rule in re.split(r"\n|; (?=\w+ must be )", str(error)):
+                self._rule_fault(rule, fields, places, at)
             return None
 
     def _rule_fault(
@@ -452,7 +538,7 @@ class _Reader:
 
     def _pydantic_fault(self, problem: Any, at: Location, known: set[str]) -> None:
         kind = problem["type"]
-        rule, got, remedy = _pydantic_rule(problem), problem.get("input"), ""
+        rule, got, remedy = rule_of(problem), problem.get("input"), ""
         if kind == "extra_forbidden":
             got = at[-1]
             remedy = near_matches(str(got), known)
@@ -500,31 +586,6 @@ def applies(measurement: Measurement, info: SubjectInfo) -> bool:
     return info.kind in measurement.kinds and (info.trained or not measurement.needs_training)
 
 
-def _model_of(kind: type) -> type[BaseModel]:
-    """Return the pydantic model of a frozen dataclass: strict types, extra keys forbidden."""
-    hints = typing.get_type_hints(kind)
-    fields: dict[str, Any] = {}
-    for entry in dataclasses.fields(kind):
-        required = (
-            entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        )
-        # Defaults are the dataclass's own affair: only what the file gives is passed on.
-        fields[entry.name] = (hints[entry.name], ... if required else None)
-    return create_model(kind.__name__, __config__=_STRICT, **fields)
-
-
-def _changed_fields(config: Any) -> set[str]:
-    changed = set()
-    for entry in dataclasses.fields(config):
-        if entry.default_factory is not dataclasses.MISSING:
-            default: Any = entry.default_factory()
-        else:
-            default = entry.default
-        if getattr(config, entry.name) != default:
-            changed.add(entry.name)
-    return changed
-
-
 def _title(entry: MethodEntry) -> str:
     shown = " ".join(f"{name}={entry.config[name]}" for name in entry.shown)
     return f"{entry.slug} {shown}".strip()
@@ -533,28 +594,3 @@ def _title(entry: MethodEntry) -> str:
 def _plain(value: Any) -> Any:
     """Return what a message shows of a value: no dump of a whole mapping."""
     return value if isinstance(value, (str, int, float, bool)) else canonical_json(jsonable(value))
-
-
-_RULES = {
-    "missing": "given",
-    "extra_forbidden": "a known key",
-    "too_short": "not empty",
-    "string_type": "text",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-}
-
-
-def _pydantic_rule(problem: Any) -> str:
-    known = _RULES.get(problem["type"])
-    if known:
-        return known
-    text = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return text[:1].lower() + text[1:]

@@ -9,6 +9,7 @@ import fnmatch
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ class _Planner:
         self.skipped: list[str] = []
 
     def plan(self) -> Plan:
-        cells = tuple(self._cells())
+        # Two entries of a measurement may be narrowed by ``only`` to the same cell.
+        cells = tuple({cell.key: cell for cell in self._cells()}.values())
         names = self.profile.subjects
         missing = {name: self.manifest.missing[name] for name in names if self._is_missing(name)}
         missing.update(_missing_resources(self.profile.resources, self.device))
@@ -210,22 +212,15 @@ class _Planner:
                 if known and not applies(measurement, info):
                     self.skipped.append(f"{entry.name} on {subject} ({info.kind})")
                     continue
-                # Short cells first: after one that ran out of memory the longer ones are implied.
-                for options in sorted(entry.cells, key=lambda cell: cell.get("length") or 0):
+                paired = measurement.paired
+                for options, methods in _cells_in_order(entry, self.profile.methods):
                     for seed in self.profile.seeds:
-                        yield from self._cells_of(info, entry, options, seed)
-
-    def _cells_of(
-        self, info: SubjectInfo, entry: MeasurementEntry, options: dict[str, Any], seed: int
-    ) -> Iterator[PlannedCell]:
-        """Yield the dense cell, its reruns, and one cell per configuration of a method."""
-        paired = self.measurements[entry.name].paired
-        for method in self.profile.methods:
-            if method.slug != registry.DENSE:
-                yield self._cell(info, method, entry, options, seed, 0)
-            elif not paired:
-                for repeat in range(method.reruns + 1):
-                    yield self._cell(info, method, entry, options, seed, repeat)
+                        for method in methods:
+                            if method.slug != registry.DENSE:
+                                yield self._cell(info, method, entry, options, seed, 0)
+                            elif not paired:  # a paired measurement runs dense itself
+                                for repeat in range(method.reruns + 1):
+                                    yield self._cell(info, method, entry, options, seed, repeat)
 
     def _cell(
         self,
@@ -304,6 +299,20 @@ class _Planner:
         return {"id": digest(identity), "data": data, "identity": identity}
 
 
+def _cells_in_order(
+    entry: MeasurementEntry, methods: Iterable[MethodEntry]
+) -> list[tuple[dict[str, Any], list[MethodEntry]]]:
+    """Return the cells of a measurement with the methods that run them.
+
+    Short cells come first: after one that ran out of memory the longer ones are implied.
+    """
+    found: dict[str, tuple[dict[str, Any], list[MethodEntry]]] = {}
+    for method in methods:
+        for options in entry.cells_of(method):
+            found.setdefault(canonical_json(options), (options, []))[1].append(method)
+    return sorted(found.values(), key=lambda pair: pair[0].get("length") or 0)
+
+
 def _matches(label: str, pattern: str) -> bool:
     return pattern in label or fnmatch.fnmatchcase(label, pattern)
 
@@ -339,7 +348,7 @@ def _varying_options(profile: Profile, measurement: str) -> set[str]:
     values: dict[str, set[str]] = {}
     for entry in profile.measurements:
         if entry.name == measurement:
-            for cell in entry.cells:
+            for cell in (*entry.cells, *chain.from_iterable(entry.restricted.values())):
                 for name, value in cell.items():
                     values.setdefault(name, set()).add(canonical_json(value))
     return {name for name, seen in values.items() if len(seen) > 1}

@@ -260,3 +260,60 @@ def test_resolved_manifest_is_plain_data(plugins, write_manifest):
     assert [entry["slug"] for entry in again["profiles"]["p"]["methods"]] == ["dense"] + [
         "fake"
     ] * 2
+
+
+def test_only_keeps_a_method_to_some_measurements_with_other_options(plugins, write_manifest):
+    path = write_manifest(
+        methods="[fake, {fake: {stride: 8, only: {noop: {items: 2, lengths: [256]}}}}]",
+        measurements="[{noop: {items: 9, lengths: [128, 256]}}, paired]",
+    )
+    profile = manifest.load(path).profile("p")
+    noop, paired = profile.measurements
+    found = [
+        [(cell["length"], cell["items"]) for cell in noop.cells_of(method)]
+        for method in profile.methods
+    ]
+    assert found == [[(128, 9), (256, 9)], [(128, 9), (256, 9)], [(256, 2)]]
+    assert [len(paired.cells_of(method)) for method in profile.methods] == [1, 1, 0]
+
+
+def test_only_as_a_list_leaves_the_options_alone(plugins, write_manifest):
+    path = write_manifest(
+        methods="[{dense: {reruns: 1}}, {fake: {only: [noop]}}]", measurements="[noop, paired]"
+    )
+    profile = manifest.load(path).profile("p")
+    fake = profile.methods[1]
+    assert [len(entry.cells_of(fake)) for entry in profile.measurements] == [1, 0]
+
+
+ONLY = {
+    "[]": "methods[0].only must be measurements of this profile, not empty, got []",
+    "[nop]": "methods[0].only.nop must be a measurement of this profile, got nop; did you mean",
+    "{noop: 3}": "methods[0].only.noop must be a mapping of options, got 3",
+    "{noop: {items: 0}}": "methods[0].only.noop.items must be at least 1, got 0",
+    "{noop: {itms: 1}}": "methods[0].only.noop.itms must be a known key, got itms; did you mean",
+    "{noop: {lengths: [4096]}}": "must be at most 1024 (the positions of toy:a), got 4096",
+}
+
+
+@pytest.mark.parametrize("only", ONLY)
+def test_bad_only(plugins, write_manifest, only):
+    assert ONLY[only] in only_fault(write_manifest(methods=f"[{{fake: {{only: {only}}}}}]"))
+
+
+def test_several_broken_rules_of_one_config_are_several_faults(plugins, write_manifest):
+    source = plugins.root / "methods" / "fake" / "__init__.py"
+    text = source.read_text()
+    start = text.index("        if not 0 <=")
+    end = text.index("class FakePatch")
+    source.write_text(
+        text[:start]
+        + '        raise ValueError("stride must be even; odd is bad, got 7; '
+        + 'threshold must be in [0, 1], got 2")\n\n\n'
+        + text[end:]
+    )
+    faults = faults_of(write_manifest(methods="[{fake: {stride: 7, threshold: 2}}]"))
+    assert [fault.split("methods[0].")[1] for fault in faults] == [
+        "stride must be even; odd is bad, got 7",
+        "threshold must be in [0, 1], got 2",
+    ]

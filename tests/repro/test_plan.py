@@ -168,3 +168,20 @@ def test_unknown_device(plugins, write_manifest):
 def test_estimate(plugins, write_manifest):
     made = plan_of(write_manifest(measurements="[{noop: {lengths: [128, 256]}}]"))
     assert made.estimate_seconds == pytest.approx(10 + 2 * (1 + 2))
+
+
+def test_a_restricted_method_has_its_own_cells_and_no_dense_ones(plugins, write_manifest):
+    path = write_manifest(
+        methods="[fake, {fake: {stride: 8, only: {noop: {items: 2}}}}]",
+        measurements="[{noop: {lengths: [128, 256]}}, paired]",
+    )
+    labels = [cell.label for cell in plan_of(path).cells]
+    assert labels == [
+        "toy:a | dense | noop ok@128 items=4",
+        "toy:a | fake | noop ok@128 items=4",
+        "toy:a | fake stride=8 | noop ok@128 items=2",
+        "toy:a | dense | noop ok@256 items=4",
+        "toy:a | fake | noop ok@256 items=4",
+        "toy:a | fake stride=8 | noop ok@256 items=2",
+        "toy:a | fake | paired@128",
+    ]
