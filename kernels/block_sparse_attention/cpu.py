@@ -1,16 +1,22 @@
-"""CPU fast path: one flash-attention call for many query blocks, over gathered kept blocks.
+"""CPU fast path: flash attention over gathered kept blocks, many query blocks in one call.
 
 Every (batch, head, query block) is a *row*. Rows that keep equally many full blocks form a group:
 their key blocks are gathered whole (``index_select`` of rows of memory, near memory bandwidth) and
-torch's flash kernel attends to them without a mask, rows as its batch dimension, so that all
-threads are busy however few heads there are. Partial blocks are attended to on their own: the
-aligned diagonal with the kernel's own causal rule, without a gather, anything else (padding, the
-end of the keys, unequal block sizes) under an explicit mask. Results merge through log-sum-exp.
+torch's flash kernel attends to them without a mask, rows as its batch dimension. Partial blocks are
+attended to on their own: the aligned diagonal with the kernel's own causal rule, anything else
+(padding, the end of the keys, unequal block sizes) under an explicit mask. Results merge through
+log-sum-exp. Groups run side by side in worker threads, each of them serial inside: no barrier ends
+a group, so that a busy core delays its own group alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +27,8 @@ from repro.kernels.block_sparse_attention.layout import Layout
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-#: Bytes of gathered keys (as many of values again) of one flash call: they stay in the L3 cache.
-_GATHER_BYTES = 4 << 20
+#: Most bytes of gathered keys (as many of values again) of one flash call: they stay in cache.
+_GATHER_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ def forward(
     keys, values = _blocks(k, layout.block_k), _blocks(v, layout.block_k)
     out = torch.zeros_like(queries)
     lse = torch.full(queries.shape[:2], -torch.inf)
-    for part in _parts(q, k, layout):
+
+    def attend(part: _Part) -> None:
         o, part_lse = _flash(
             queries.index_select(0, part.rows)[:, None],
             _gather(keys, part.blocks),
@@ -62,6 +69,9 @@ def forward(
             **part.flash_options(q.dtype),
         )
         _merge(out, lse, part, o[:, 0], part_lse[:, 0])
+
+    for parts in _phases(q, k, layout):
+        _run(attend, parts)
     return _tokens(out, q), lse.view(*q.shape[:2], -1)[..., : q.shape[2]].contiguous()
 
 
@@ -78,7 +88,7 @@ def backward(
     """Return the gradients of ``q``, ``k`` and ``v``.
 
     With the output and log-sum-exp of all keys, the gradient of a subset of keys is exact on its
-    own, so that the parts only add up (in fp32).
+    own, so that the parts only add up (in fp32, in a fixed order: no worker threads here).
     """
     queries, outs = _blocks(q, layout.block_q), _blocks(out, layout.block_q)
     grads = _blocks(grad_out, layout.block_q)
@@ -90,7 +100,7 @@ def backward(
     grad_q = torch.zeros(queries.shape, dtype=torch.float32)
     grad_k = torch.zeros(keys.shape, dtype=torch.float32)
     grad_v = torch.zeros(keys.shape, dtype=torch.float32)
-    for part in _parts(q, k, layout):
+    for part in itertools.chain.from_iterable(_phases(q, k, layout)):
         rows = part.rows
         part_q, part_k, part_v = _flash_backward(
             grads[rows][:, None],
@@ -152,17 +162,57 @@ def _merge(
     lse.index_copy_(0, part.rows, torch.logaddexp(before, part_lse))
 
 
-def _parts(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> Iterator[_Part]:
-    """Cover every kept block exactly once."""
+def _run(attend: Callable[[_Part], None], parts: list[_Part]) -> None:
+    """Call ``attend`` on parts of disjoint rows, the largest first, on as many threads as torch."""
+    threads = torch.get_num_threads()
+    parts = sorted(parts, key=lambda part: -part.blocks.numel())
+    if threads == 1 or len(parts) == 1:
+        for part in parts:
+            attend(part)
+        return
+    inference = torch.is_inference_mode_enabled()
+
+    def task(part: _Part) -> None:
+        # Both modes belong to a thread.
+        with torch.inference_mode(inference), torch.no_grad():
+            attend(part)
+
+    for _ in _workers(threads).map(task, parts):
+        pass
+
+
+@functools.cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Return ``count`` threads whose torch operations are serial."""
+    started = threading.Barrier(count + 1)
+    pool = ThreadPoolExecutor(
+        count, "block_sparse_attention", initializer=torch.set_num_threads, initargs=(1,)
+    )
+    # Each task waits for all others, so that every thread starts now.
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    # The number is a thread's own but also the default of later threads: set that back.
+    torch.set_num_threads(count)
+    return pool
+
+
+# Threads do not survive a fork.
+os.register_at_fork(after_in_child=_workers.cache_clear)
+
+
+def _phases(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> Iterator[list[_Part]]:
+    """Cover every kept block exactly once; the parts of a phase have disjoint rows."""
     full, partial = (_rows(mask, q) for mask in (layout.full, layout.partial))
     diagonal = _diagonal(q, k, layout)
     if diagonal is not None:
-        rows = (partial & diagonal).nonzero()
+        yield list(_groups((partial & diagonal).nonzero(), q, k, layout, diagonal=True))
         partial = partial & ~diagonal
-        yield from _groups(rows, q, k, layout, diagonal=True)
-    yield from _groups(full.nonzero(), q, k, layout)
-    for part in _groups(partial.nonzero(), q, k, layout):
-        yield _Part(part.rows, part.blocks, mask=_visible(part, q, k, layout))
+    yield list(_groups(full.nonzero(), q, k, layout))
+    yield [
+        _Part(part.rows, part.blocks, mask=_visible(part, q, k, layout))
+        for part in _groups(partial.nonzero(), q, k, layout)
+    ]
 
 
 def _rows(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -199,9 +249,12 @@ def _groups(
     kv_head = head // (q.shape[1] // k.shape[1])
     blocks = kv_head * count_k + pairs[:, 1]
     block_bytes = layout.block_k * k.shape[3] * k.element_size()
+    # Several parts a thread, also in small problems, balance the threads.
+    share = len(pairs) // (4 * torch.get_num_threads())
+    limit = min(_GATHER_BYTES // block_bytes, max(16, share))
     for count in counts.unique().tolist():
         members = (counts == count).nonzero()[:, 0]
-        for part in members.split(max(1, _GATHER_BYTES // (count * block_bytes))):
+        for part in members.split(max(1, limit // count)):
             taken = starts[part, None] + torch.arange(count)
             yield _Part(rows[part], blocks[taken], diagonal)
 
