@@ -24,11 +24,17 @@ Record = Mapping[str, Any]
 DENSE = "dense"
 #: Fields of a configuration that make a control of the method, not another method.
 CONTROL_FIELDS = ("control", "draw")
+#: Options that say how many items a cell has.
+COUNT_OPTIONS = ("samples",)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What dense and method cells share: subject, dtype, measurement, options, seed."""
+    """What dense and method cells share: subject, dtype, measurement, options, seed.
+
+    How many items a cell has is no part of it: the first ones are the same, and items are paired
+    by their keys, so that a control of many draws may run on fewer.
+    """
 
     subject: str
     dtype: str
@@ -71,7 +77,8 @@ def setting_of(record: Record) -> Setting:
     """Return what must be equal between a dense cell and the method cells compared with it."""
     cell = record["cell"]
     name = cell["measurement"]["name"]
-    options = canonical_json(options_of(record))
+    own = {key: value for key, value in options_of(record).items() if key not in COUNT_OPTIONS}
+    options = canonical_json(own)
     return Setting(cell["subject"], cell.get("dtype", ""), name, options, int(cell.get("seed", 0)))
 
 
@@ -162,6 +169,13 @@ def mean_density(records: Iterable[Record]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def mean_fallback(records: Iterable[Record]) -> float | None:
+    """Return the mean share of attention calls that ran dense though they should not have."""
+    found = [(record.get("patch") or {}).get("fallback_share") for record in records]
+    values = [float(value) for value in found if value is not None and _finite(value)]
+    return float(np.mean(values)) if values else None
+
+
 class Evidence:
     """The records of one profile on one machine, indexed by setting and variant."""
 
@@ -175,7 +189,9 @@ class Evidence:
             if not repeat_of(record):
                 self._by_name[variant.slug, setting.measurement].append(record)
             if variant.is_dense:
-                self._dense[setting][repeat_of(record)] = record
+                known = self._dense[setting].get(repeat_of(record))
+                if known is None or _size(record) > _size(known):
+                    self._dense[setting][repeat_of(record)] = record
             elif variant.control != "none":
                 self._controls[setting, variant].append(record)
 
@@ -240,7 +256,7 @@ class Evidence:
             by_draw: dict[int, Array] = {}
             for other in self.controls_of(record, control):
                 pair = paired_scores(record, other)
-                if pair is not None and pair[0].size == len(record["items"]["keys"]):
+                if pair is not None and pair[0].size == len(other["items"]["keys"]):
                     by_draw[draw_of(other)] = pair[0] - pair[1]
             if not by_draw:
                 return None
@@ -248,7 +264,12 @@ class Evidence:
         draws = sorted(set.intersection(*map(set, cells))) if cells else []
         if not draws:
             return None
-        return np.stack([np.concatenate([cell[draw] for cell in cells]) for draw in draws])
+        stacked = [np.concatenate([cell[draw] for cell in cells]) for draw in draws]
+        return np.stack(stacked) if len({row.size for row in stacked}) == 1 else None
+
+
+def _size(record: Record) -> int:
+    return len((record.get("items") or {}).get("keys") or ()) if is_ok(record) else 0
 
 
 def _scored(record: Record) -> bool:

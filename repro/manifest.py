@@ -61,7 +61,7 @@ class MethodEntry:
     """One configuration of a method; ``dense`` has an empty configuration.
 
     Attributes:
-        shown: Fields that a label shows: swept ones and those that differ from the default.
+        shown: Fields that a label shows: those given, and those that differ from the default.
         index: Place in the profile's list, -1 for a dense entry that was added.
         config_object: The validated dataclass, None for dense.
     """
@@ -360,8 +360,8 @@ class _Reader:
             if config is None:
                 continue
             values = jsonable(dataclasses.asdict(config))
-            changed = changed_fields(config)
-            shown = tuple(name for name in values if name in changed or name in swept)
+            told = changed_fields(config) | swept.keys() | fixed.keys()
+            shown = tuple(name for name in values if name in told)
             yield MethodEntry(slug, values, shown, config_object=config, index=index)
 
     def _axes(
@@ -414,7 +414,7 @@ class _Reader:
                     got = f"{name} {canonical_json(cell)} twice"
                     self._fault((*at, index), f"without a duplicate of a cell of {first}", got)
                 places.setdefault(key, index)
-            self._check_lengths(cells, names, place)
+            self._check_lengths(measurement, cells, names, place)
             self._check_kinds(measurement, names, place)
             restricted = self._restricted(measurement, options, names, (*at[:-1], "methods"), only)
             resolved = jsonable(dataclasses.asdict(built))
@@ -442,7 +442,7 @@ class _Reader:
                 built = self._build(measurement.options, {**options, **changes}, places, place)
                 if built is not None:
                     cells = tuple(jsonable(cell) for cell in measurement.expand(built))
-                    self._check_lengths(cells, names, place)
+                    self._check_lengths(measurement, cells, names, place)
                     found[index] = cells
         return found
 
@@ -453,18 +453,21 @@ class _Reader:
         return part
 
     def _check_lengths(
-        self, cells: tuple[dict[str, Any], ...], names: list[str], at: Location
+        self,
+        measurement: Measurement,
+        cells: tuple[dict[str, Any], ...],
+        names: list[str],
+        at: Location,
     ) -> None:
         place = next(
             ((*at, key) for key in ("lengths", "length") if (*at, key) in self.file.lines), at
         )
         for name in names:
             info = self.infos.get(name)
-            lengths = {cell["length"] for cell in cells if isinstance(cell.get("length"), int)}
-            for length in sorted(lengths):
-                if info is not None and length > info.max_length:
+            for needed in sorted({measurement.positions(cell) for cell in cells}):
+                if info is not None and needed > info.max_length:
                     rule = f"at most {info.max_length} (the positions of {name})"
-                    self._fault(place, rule, length)
+                    self._fault(place, rule, needed)
 
     def _check_kinds(self, measurement: Measurement, names: list[str], at: Location) -> None:
         infos = [self.infos[name] for name in names if name in self.infos]

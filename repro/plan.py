@@ -171,7 +171,7 @@ class _Planner:
             name: library_versions(measurement.libraries)
             for name, measurement in self.measurements.items()
         }
-        self.varying = {name: _varying_options(profile, name) for name in self.measurements}
+        self.telling = {name: _telling_options(profile, name) for name in self.measurements}
         self.skipped: list[str] = []
 
     def plan(self) -> Plan:
@@ -256,8 +256,8 @@ class _Planner:
                 "artifact": artifact["id"] if artifact else None,
             }
         )
-        varying = self.varying[measured.name]
-        label = _label(info, entry, measured.name, options, seed, repeat, varying)
+        telling = self.telling[measured.name]
+        label = _label(info, entry, measured.name, options, seed, repeat, telling)
         cell = {
             "paper": self.manifest.name,
             "profile": self.profile.name,
@@ -324,7 +324,7 @@ def _label(
     options: dict[str, Any],
     seed: int,
     repeat: int,
-    varying: set[str],
+    telling: set[str],
 ) -> str:
     """Return ``zoo:retriever | xattention stride=16 | ruler niah_single_1@4096``."""
     method = " ".join(
@@ -336,22 +336,31 @@ def _label(
     text = " ".join([measured, *words])
     if options.get("length"):
         text += f"@{options['length']}"
-    others = sorted(varying - {*LABEL_OPTIONS, "length"})
+    others = sorted(telling - {*LABEL_OPTIONS, "length"})
     text += "".join(f" {name}={_short(options.get(name))}" for name in others)
     if seed:
         text += f" seed={seed}"
     return f"{info.name} | {method} | {text}"
 
 
-def _varying_options(profile: Profile, measurement: str) -> set[str]:
-    """Return the options that tell two cells of one measurement apart."""
-    values: dict[str, set[str]] = {}
-    for entry in profile.measurements:
-        if entry.name == measurement:
-            for cell in (*entry.cells, *chain.from_iterable(entry.restricted.values())):
-                for name, value in cell.items():
-                    values.setdefault(name, set()).add(canonical_json(value))
-    return {name for name, seen in values.items() if len(seen) > 1}
+def _telling_options(profile: Profile, measurement: str) -> set[str]:
+    """Return the options that a label needs to tell the cells of one measurement apart."""
+    cells = [
+        cell
+        for entry in profile.measurements
+        if entry.name == measurement
+        for cell in (*entry.cells, *chain.from_iterable(entry.restricted.values()))
+    ]
+
+    def told_apart(names: set[str]) -> int:
+        return len({canonical_json({name: cell.get(name) for name in names}) for cell in cells})
+
+    everything = {name for cell in cells for name in cell}
+    telling = {*LABEL_OPTIONS, "length"}
+    for name in sorted(everything - telling):
+        if told_apart(telling | {name}) > told_apart(telling):
+            telling.add(name)
+    return telling
 
 
 def _short(value: Any) -> str:

@@ -63,8 +63,9 @@ class Measurement:
         name: Module name.
         options: Frozen dataclass (standard library types only) of the manifest's options; raises
             ValueError ``<field> must be <rule>, got <value>`` in ``__post_init__``.
-        expand: Options -> one JSON-able dict per cell. A key ``length`` (tokens) is checked
-            against the subject's positions and orders cells for "implied" outcomes.
+        expand: Options -> one JSON-able dict per cell. A key ``length`` (tokens) orders cells for
+            "implied" outcomes.
+        positions: Cell options -> positions that a subject must have, checked before a run.
         run: Runs one cell and returns the record's body: ``metrics`` (name -> ``{"value", "low",
             "high", "n", "unit"}``, the absent ones None), and where they apply ``patch`` (the
             ``Patch.stats()``), ``items`` (columns of equal length: ``keys``, ``scores``, and any
@@ -80,6 +81,7 @@ class Measurement:
     options: type
     expand: Callable[[Any], list[dict[str, Any]]]
     run: Callable[[CellContext], dict[str, Any]]
+    positions: Callable[[Mapping[str, Any]], int] = lambda options: options.get("length") or 0
     paired: bool = False
     needs_training: bool = False
     kinds: tuple[str, ...] = ("llm",)

@@ -112,11 +112,19 @@ def estimate_seconds(options: Mapping[str, Any], info: SubjectInfo) -> float:
     return 5.0 + max(1.5 * options["min_seconds"], 50 * gigaflops / 500)
 
 
+def positions(options: Mapping[str, Any]) -> int:
+    """Return the positions that a subject must have; made inputs pass no model."""
+    if options["phase"] == "attention" and options["inputs"] != "captured":
+        return 0
+    return options["length"] + options.get("new_tokens", 0)
+
+
 MEASUREMENT = Measurement(
     name="latency",
     options=LatencyOptions,
     expand=expand,
     run=run,
+    positions=positions,
     paired=True,
     kinds=("llm",),
     libraries=("torch", "transformers"),
