@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from repro import kernel_compile
 from repro.kernels.block_sparse_attention import (
+    bench,
     block_sparse_attention,
     block_sparse_attention_reference,
     cpu,
@@ -347,6 +348,42 @@ def test_scale_is_applied():
     scaled = block_sparse_attention(q, k, v, mask, block_size=16, scale=0.5)
     default = block_sparse_attention(q * 0.5 * 32**0.5, k, v, mask, block_size=16)
     torch.testing.assert_close(scaled, default, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_number_of_threads_changes_neither_result_nor_setting(inference):
+    q, k, v, mask, _ = square(tokens=700, heads=8)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3, 2):
+            torch.set_num_threads(threads)
+            with torch.inference_mode(inference):
+                results.append(block_sparse_attention(q, k, v, mask, block_size=16))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert results[0].is_inference() == inference
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 1.0])
+def test_bench_mask_keeps_exactly_its_density(density):
+    mask = bench.random_mask(heads=3, count=40, density=density, seed=1)
+    assert mask.shape == (1, 3, 40, 40)
+    assert mask.sum(dim=(0, 2, 3)).tolist() == [round(density * 820)] * 3
+    assert mask.diagonal(dim1=2, dim2=3).all() and not mask.triu(1).any()
+
+
+def test_bench_reference_is_the_definition():
+    params = {"tokens": 512, "heads": 2, "head_dim": 64, "density": 0.5, "block_size": 128}
+    case = bench.Case(name="small", params=params)
+    inputs = bench.make_inputs(case, torch.device("cpu"), 0)
+    expected, _ = block_sparse_attention_reference(inputs.q, inputs.k, inputs.v, inputs.mask)
+    torch.testing.assert_close(bench.SUITE.reference(case, inputs), expected)
+    ours = bench.implementations(case, torch.device("cpu"))["block_sparse"](inputs)
+    error = (ours.float() - expected.float()).abs().max()
+    assert error <= bench.SUITE.compare(case, "block_sparse")
 
 
 GOOD = torch.zeros(2, 4, 32, 16)
