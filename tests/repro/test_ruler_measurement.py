@@ -200,7 +200,7 @@ def test_lm_eval_gives_the_prompt_unchanged(subject, monkeypatch):
     assert seen == [item.prompt for item in items]
 
 
-def test_chat_template_wraps_the_prompt(subject, monkeypatch):
+def test_chat_template_wraps_the_prompt_within_the_length(subject, monkeypatch):
     chatty = replace(subject, tokenizer=byte_tokenizer())
     chatty.tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -214,10 +214,17 @@ def test_chat_template_wraps_the_prompt(subject, monkeypatch):
 
     monkeypatch.setattr("repro.measurements.ruler.engine.encode", watched)
     ruler.run(cell_context(chatty, cell(chat_template=True)))
+    around = len("[user][assistant]")
+    assert ruler.template_tokens(chatty.tokenizer) == around
     items = generate_items(
-        "niah_single_1", length=1024, count=5, seed=0, tokenizer=chatty.tokenizer
+        "niah_single_1", length=1024 - around, count=5, seed=0, tokenizer=chatty.tokenizer
     )
     assert seen == [f"[user]{item.prompt}[assistant]" for item in items]
+
+
+def test_a_chat_template_that_is_not_there_is_unsupported(subject):
+    with pytest.raises(UnsupportedCombination, match="use chat_template: false"):
+        ruler.run(cell_context(subject, cell(chat_template=True)))
 
 
 def test_task_index_is_built_once_and_holds_our_task_alone():

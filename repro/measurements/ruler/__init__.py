@@ -25,8 +25,8 @@ def run(context: CellContext) -> dict[str, Any]:
     Raises:
         MissingResource: If ``source: hub`` cannot fetch its packages or data.
         FloatingPointError: If the model gave NaN.
-        UnsupportedCombination: If the subject has no tokenizer, a prompt does not fit its
-            positions, or the task does not fit the length.
+        UnsupportedCombination: If the subject has no tokenizer or no chat template where one is
+            asked for, a prompt does not fit its positions, or the task does not fit the length.
     """
     from repro.measurements.ruler.engine import StoredLM
     from repro.measurements.ruler.harness import run_task
@@ -55,8 +55,10 @@ def run(context: CellContext) -> dict[str, Any]:
 def load(context: CellContext) -> tuple[Any, list[dict[str, Any]]]:
     """Return lm-eval's loaded task and the documents of the cell, by source."""
     options, tokenizer = context.options, context.subject.tokenizer
+    # As in RULER's release, the chat template takes its tokens out of the length.
+    taken = template_tokens(tokenizer) if options["chat_template"] else 0
     wanted = {
-        "length": options["length"],
+        "length": options["length"] - taken,
         "count": options["samples"],
         "seed": context.seed,
         "tokenizer": tokenizer,
@@ -90,6 +92,22 @@ def load(context: CellContext) -> tuple[Any, list[dict[str, Any]]]:
         "generation_kwargs": harness.greedy(options["max_new_tokens"]),
     }
     return harness.load_task(harness.OWN_TASKS, "repro_ruler", overrides), documents
+
+
+def template_tokens(tokenizer: Any) -> int:
+    """Return the tokens that the subject's chat template puts around a prompt.
+
+    Raises:
+        UnsupportedCombination: If the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UnsupportedCombination(
+            "ruler: chat_template needs a tokenizer with a chat template; use chat_template: false"
+        )
+    messages = [{"role": "user", "content": "word"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    whole, content = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, "word"))
+    return len(whole) - len(content)
 
 
 def _metrics(
