@@ -174,6 +174,10 @@ def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
     device: Device = "auto",
     quick: Annotated[bool, typer.Option(help="Fewer and smaller cases.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the rows below <results>/kernels/records.")
+    ] = False,
+    results: Results = "results",
     as_json: AsJson = False,
 ) -> None:
     """Measure kernels against their dense baseline, or the suite's own cost."""
@@ -186,6 +190,8 @@ def bench(
     if device == "auto":  # a device that is asked for and absent gets rows that say so
         device = resolve_device(device)
     measured = benches.run(list(names or []), device=device, quick=quick, console=console)
+    if record and (written := benches.write_records(measured, Path(results) / "kernels")):
+        console.print(f"rows kept in {written}", markup=False, highlight=False, soft_wrap=True)
     _emit(measured, as_json, lambda: None)
 
 

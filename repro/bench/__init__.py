@@ -6,12 +6,12 @@ Kernel benches need torch, triton and, for the table alone, Rich.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import pkgutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,15 +114,14 @@ def write_records(results: Mapping[str, Any], path: str | Path = "results/kernel
     text = "".join(
         json.dumps(merged[key], sort_keys=True, allow_nan=False) + "\n" for key in sorted(merged)
     )
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
-        ) as stream:
-            stream.write(text)
-        os.chmod(stream.name, 0o644)
-        os.replace(stream.name, target)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise MachineFault(f"bench: cannot write {target}: {error.strerror}") from error
     return target
 

@@ -60,6 +60,11 @@ def expand(options: MemoryOptions) -> list[dict[str, Any]]:
     return [{"length": length} | shared for length in options.lengths]
 
 
+def positions(options: Mapping[str, Any]) -> int:
+    """Return the positions that a subject must have."""
+    return int(options["length"] + options["new_tokens"])
+
+
 def run(context: CellContext) -> dict[str, Any]:
     """Measure dense and method in turn and return the record's body."""
     import torch
@@ -67,7 +72,7 @@ def run(context: CellContext) -> dict[str, Any]:
     from repro.prompts import timing_prompts
 
     options, subject = context.options, context.subject
-    if options["length"] + options["new_tokens"] > subject.info.max_length:
+    if positions(options) > subject.info.max_length:
         raise UnsupportedCombination(
             f"memory: {options['length']} prompt tokens and {options['new_tokens']} new ones "
             f"exceed the {subject.info.max_length} positions of {subject.name}"
@@ -276,6 +281,7 @@ MEASUREMENT = Measurement(
     options=MemoryOptions,
     expand=expand,
     run=run,
+    positions=positions,
     paired=True,
     kinds=("llm",),
     libraries=("torch", "transformers"),

@@ -26,7 +26,12 @@ class WindowPatch(Patch):
         self.calls = 0
 
     def stats(self):
-        return {"density": 0.5, "selection_seconds": 1e-6 * self.calls, "fallback_share": 0.0}
+        return {
+            "density": 0.5,
+            "decode_density": 0.75,
+            "selection_seconds": 1e-6 * self.calls,
+            "fallback_share": 0.0,
+        }
 
     def reset(self):
         self.calls = 0
@@ -90,11 +95,12 @@ def test_model_phases_give_the_full_record(subject, phase):
     metrics = body["metrics"]
     assert set(metrics) == {"ratio", "dense_ms", "method_ms", "density", "selection_ms"}
     assert metrics["ratio"]["low"] <= metrics["ratio"]["value"] <= metrics["ratio"]["high"]
-    assert metrics["density"]["value"] == 0.5
+    assert metrics["density"]["value"] == (0.75 if phase == "decode" else 0.5)
     told = body["explanation"]
     assert 0 < told["attention_share"] <= 1
     share = told["attention_share"]
-    assert told["amdahl_bound"] == pytest.approx(1 / ((1 - share) + share * 0.5), rel=1e-3)
+    kept = share * told["density"]
+    assert told["amdahl_bound"] == pytest.approx(1 / ((1 - share) + kept), rel=1e-2)
     assert told["roofline_bound"] > 0 and 0 < told["selection_share"]
     assert told["peak_tflops"] > 0
     assert len(body["raw"]["dense_ms"]) == len(body["raw"]["method_ms"]) >= 10
@@ -199,6 +205,13 @@ def test_positions_of_the_model_are_respected():
     small = tiny_subject(positions=128)
     with pytest.raises(UnsupportedCombination, match="exceed the 128 positions"):
         run(small, phases=("end_to_end",), lengths=(120,), new_tokens=16)
+
+
+def test_made_inputs_may_be_longer_than_the_model():
+    options = LatencyOptions(phases=("attention",), lengths=(256,), inputs=("gaussian",))
+    (values,) = latency.expand(options)
+    made = work.make_work(cell_context(tiny_subject(positions=128), values))
+    assert made.pool[0].q.shape[2] == 256
 
 
 def test_operator_of_another_kind_of_method_is_refused(subject):

@@ -55,7 +55,9 @@ def run_cell(context: CellContext) -> dict[str, Any]:
         "metrics": _metrics(result, work, stats, seconds),
         "patch": stats,
         "raw": _raw(result, work),
-        "explanation": explanation(result, work, stats.get("density"), share, seconds, peaks),
+        "explanation": explanation(
+            result, work, stats.get(work.density_key), share, seconds, peaks
+        ),
     }
 
 
@@ -152,8 +154,9 @@ def _metrics(
         "dense_ms": _per_step(asdict(result.first_ms), work.steps, result.blocks),
         "method_ms": _per_step(asdict(result.second_ms), work.steps, result.blocks),
     }
-    if stats.get("density") is not None:
-        found["density"] = _plain(float(stats["density"]), "")
+    density = stats.get(work.density_key)
+    if density is not None:
+        found["density"] = _plain(float(density), "")
     if selection is not None:
         found["selection_ms"] = _plain(1e3 * selection / work.steps, "ms")
     return found

@@ -12,6 +12,7 @@ import torch
 from repro import operator_inputs
 from repro.errors import UnsupportedCombination
 from repro.measurements import CellContext
+from repro.measurements.latency import positions
 from repro.method import Patch
 from repro.operator_inputs import OperatorInputs
 from repro.prompts import timing_prompts
@@ -33,6 +34,7 @@ class Work:
         state: (arm, patch, input) -> what the call uses up, made before it and not timed.
         steps: Reported times are divided by this (tokens of a decode).
         resets: Whether each call begins a new sample.
+        density_key: Which of the patch's statistics is the density of this phase.
         flops: Of all attention of a dense call, causal.
         bytes_moved: Of the same.
         dense_factor: Attention of the dense arm over causal attention (2 without the mask).
@@ -46,6 +48,7 @@ class Work:
     state: Callable[[str, Patch, Any], Any] = _no_state
     steps: int = 1
     resets: bool = True
+    density_key: str = "density"
     flops: float
     bytes_moved: float
     dense_factor: float = 1.0
@@ -61,8 +64,8 @@ def make_work(context: CellContext) -> Work:
             apply to the subject or the method.
     """
     options, subject = context.options, context.subject
-    total = options["length"] + options.get("new_tokens", 0)
-    if total > subject.info.max_length:
+    needed = positions(options)
+    if needed > subject.info.max_length:
         raise UnsupportedCombination(
             f"latency: {options['length']} prompt tokens and {options.get('new_tokens', 0)} new "
             f"ones exceed the {subject.info.max_length} positions of {subject.name}"
@@ -134,6 +137,7 @@ def _decode(context: CellContext) -> Work:
         state=state,
         steps=steps,
         resets=False,
+        density_key="decode_density",
         flops=flops,
         bytes_moved=moved,
         source=source,
