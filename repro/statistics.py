@@ -201,22 +201,34 @@ def _bootstrap_p(means: Array) -> float:
 
 
 def crossed_interval(
-    values: ArrayLike, seed: int = 0, *, resamples: int = RESAMPLES, confidence: float = 0.95
+    values: ArrayLike,
+    seed: int = 0,
+    *,
+    bounds: tuple[float, float] = (-1.0, 1.0),
+    resamples: int = RESAMPLES,
+    confidence: float = 0.95,
 ) -> Interval:
     """Return the mean of ``[draws, items]`` values, interval over draws and items together.
 
     Draws and items are resampled independently of each other (the crossed bootstrap), so that the
-    interval speaks of other draws of a random control and of other items alike.
+    interval speaks of other draws of a random control and of other items alike. If all values are
+    equal, the exact bound of ``paired_difference`` over the items holds.
 
     Args:
         values: ``[draws, items]``, scores or paired differences.
         seed: Seed of the resampling.
+        bounds: What a value can be at all: (0, 1) for scores.
         resamples: Number of bootstrap resamples.
         confidence: Coverage of the interval.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"crossed_interval: values must be [draws, items], got {table.shape}")
+    value = float(table.flat[0])
+    if np.ptp(table) == 0:
+        unseen = 1 - ((1 - confidence) / 2) ** (1 / table.shape[1])
+        low, high = value - unseen * (value - bounds[0]), value + unseen * (bounds[1] - value)
+        return Interval(value, low, high, table.size)
     return _crossed(table.tobytes(), *table.shape, seed, resamples, confidence)
 
 

@@ -107,6 +107,7 @@ _SUMMARY = (
     Column("lost / gained", "flips", tables.flips),
     Column("p", "p", tables.p_value),
     Column("sees", "sees", tables.points),
+    Column("dense fallback", "fallback", tables.percent),
     Column("tasks", "tasks", numeric=False),
 )
 
@@ -124,7 +125,8 @@ def _summary(group: Group, records: Evidence, labels: Labels) -> Table:
         "in points that this many items could have shown. Controls keep as many blocks per head "
         "and query block as the method does."
     )
-    return Table(f"{group.measurement}_summary", "Mean over tasks", intro, _SUMMARY, rows)
+    columns = _columns(_SUMMARY, rows)
+    return Table(f"{group.measurement}_summary", "Mean over tasks", intro, columns, rows)
 
 
 def summary_row(
@@ -140,6 +142,7 @@ def summary_row(
     if not good:
         return row
     row["density"] = 1.0 if variant.is_dense else evidence.mean_density(good)
+    row["fallback"] = evidence.mean_fallback(good)
     if variant.control == "random":
         return {**row, **_drawn(good, records)}
     row["score"] = tables.interval(evidence.mean_score(good).scaled(100))
@@ -191,7 +194,7 @@ def _drawn(good: Sequence[Record], records: Evidence) -> Row:
     ]
     row: Row = {}
     if len({values.size for values in scores}) == 1:
-        pooled = statistics.crossed_interval(np.stack(scores))
+        pooled = statistics.crossed_interval(np.stack(scores), bounds=(0, 1))
         row["score"] = tables.interval(pooled.scaled(100))
     pairs = [records.pairs([cells[name] for name in names]) for cells in by_draw.values()]
     deltas = [np.concatenate([m - d for d, m in draw]) for draw in pairs if len(draw) == len(names)]
@@ -311,7 +314,7 @@ def _by_task(
 
 def _columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
     """Leave out optional columns that no row fills."""
-    optional = {"random", "oracle", "density", "status"}
+    optional = {"random", "oracle", "density", "status", "fallback"}
     return [c for c in columns if c.key not in optional or any(r.get(c.key) for r in rows)]
 
 
@@ -346,4 +349,4 @@ def _control_score(cells: Sequence[Record], records: Evidence, control: str) -> 
     stacked = np.stack([np.concatenate([row[i] for row in rows]) for i in range(count)])
     if count == 1:
         return statistics.mean_interval(stacked[0]).scaled(100)
-    return statistics.crossed_interval(stacked).scaled(100)
+    return statistics.crossed_interval(stacked, bounds=(0, 1)).scaled(100)

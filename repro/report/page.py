@@ -36,7 +36,7 @@ class Machine:
     @property
     def heading(self) -> str:
         """Return the machine's name, a CPU marked as such."""
-        shown = str(self.facts.get("device_name") or self.name or "cells that have not run")
+        shown = str(self.facts.get("device_name") or self.name or "Cells that have not run")
         device = str(self.facts.get("device") or "")
         return f"{device.upper()}: {shown}" if device else shown
 

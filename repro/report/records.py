@@ -173,8 +173,8 @@ def _unfold(record: Record, shared: dict[str, Any]) -> Record:
 
 
 def by_machine(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Return machine -> records, machines sorted, cells that no machine ran under ""."""
+    """Return machine -> records, machines sorted, cells that no machine ran last, under ""."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(_machine(record), []).append(record)
-    return dict(sorted(groups.items()))
+    return dict(sorted(groups.items(), key=lambda group: (not group[0], group[0])))

@@ -99,6 +99,7 @@ def _ratio_row(record: Record, labels: Labels) -> Row:
     row["order"] = labels.order[evidence.variant_of(record)]
     row["slug"] = record["cell"]["method"]["slug"]
     row["density"] = evidence.density_of(record)
+    row["fallback"] = evidence.mean_fallback([record])
     row["status"] = _status(record)
     for name, metric in (record.get("metrics") or {}).items():
         if isinstance(metric, dict) and name != "density" and metric.get("value") is not None:
@@ -122,7 +123,7 @@ def _sorted_rows(rows: list[Row]) -> list[Row]:
 
 
 def _ratio_columns(rows: Sequence[Row]) -> list[Column]:
-    fixed = {"length", "method", "slug", "protocol", "density", "status", "ratio"}
+    fixed = {"length", "method", "slug", "protocol", "density", "fallback", "status", "ratio"}
     fixed |= {column.key for column in _EXPLANATION}
     metrics = dict.fromkeys(key for row in rows for key in row if key not in fixed)
     columns = [
@@ -133,6 +134,7 @@ def _ratio_columns(rows: Sequence[Row]) -> list[Column]:
         *(_metric_column(key, rows) for key in metrics),
         Column("density", "density", tables.percent),
         *_EXPLANATION,
+        Column("dense fallback", "fallback", tables.percent),
         Column("status", "status", numeric=False),
     ]
     needed = {"method", "ratio"}

@@ -108,6 +108,13 @@ def test_a_cpu_report_keeps_the_rows_of_a_gpu(tmp_path):
     assert "## CPU: Test CPU" in text and "## CUDA: NVIDIA H100" in text
 
 
+def test_cells_that_no_machine_ran_stand_last():
+    planned = {**timed(8192, 1.0, status="not_run"), "environment": None}
+    made = page.build(Paper("x", "X"), "embedded", [planned, timed(4096, 1.0)], images=False)
+    assert [machine.name for machine in made.machines] == ["cpu-test-2t", ""]
+    assert "not_run" in made.markdown()
+
+
 def test_the_newest_record_of_a_cell_wins_wherever_it_lies():
     old = timed(4096, 1.0, created="2026-01-01")
     new = timed(4096, 2.0, created="2026-01-02")

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repro import verdict
@@ -134,6 +134,7 @@ def test_a_number_without_interval_is_a_point():
     assert judged(at_most, math.nan, 51.0, math.nan) == "not reproduced"
 
 
+@settings(deadline=None)
 @given(
     st.floats(0.1, 5),
     st.floats(0, 2),
@@ -146,6 +147,7 @@ def test_every_interval_gets_exactly_one_known_verdict(value, below, above, dire
     assert judged(claimed, value - below, value, value + above) in verdict.CONCLUSIVE
 
 
+@settings(deadline=None)
 @given(st.floats(0.2, 4), st.floats(0, 1), st.floats(0, 1))
 def test_a_better_result_is_never_judged_worse(value, spread, gain):
     order = ["not reproduced", "within noise", "reproduced"]
