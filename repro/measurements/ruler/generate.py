@@ -69,7 +69,7 @@ def generate_items(
 
     Raises:
         ValueError: If the task is unknown, ``count`` is negative, or the smallest form of the task
-            does not fit in ``length``.
+            does not fit in ``length``, or the tokenizer encodes text to nothing.
     """
     if task not in TASKS:
         raise ValueError(f"generate_items: task must be one of {sorted(TASKS)}, got {task!r}")
@@ -115,6 +115,11 @@ def _make(
             f"generate_items: length must leave {task.name} at least {best[1]} prompt tokens and "
             f"{task.max_new_tokens} answer tokens with this tokenizer, got {length}"
         )
+    if best[1] == 0:
+        raise ValueError(
+            "generate_items: tokenizer must encode text to at least one token, got none for "
+            f"{len(best[0])} characters"
+        )
     # Token counts are close to affine in the units: interpolate between a size that fits (low) and
     # one that does not (high), and stop within 1 % of the room. `most` keeps the search finite for
     # a tokenizer that does not see part of the text.
@@ -132,9 +137,7 @@ def _make(
             high, n_high = middle, candidate[1]
     prompt, n_tokens, query = best
     digest = hashlib.sha256(json.dumps([task.name, prompt, query.answers]).encode()).hexdigest()
-    return Item(
-        task.name, index, length, prompt, query.answers, query.depth, n_tokens, digest
-    )
+    return Item(task.name, index, length, prompt, query.answers, query.depth, n_tokens, digest)
 
 
 def _cache_key(

@@ -184,9 +184,7 @@ def _niah_query(
     return Query(question, f"The secret {kind} of {first[0]} is", completion, answers, depth)
 
 
-def _insert(
-    sentences: list[str], placed: list[tuple[int, str]]
-) -> tuple[str, list[float]]:
+def _insert(sentences: list[str], placed: list[tuple[int, str]]) -> tuple[str, list[float]]:
     """Insert each sentence before its position; return the text and each one's depth (0..100)."""
     by_position: dict[int, list[str]] = {}
     for position, sentence in placed:
@@ -198,9 +196,7 @@ def _insert(
     return " ".join(text), [100.0 * p / max(len(sentences), 1) for p, _ in placed]
 
 
-def variable_tracking(
-    draw: Draw, *, chains: int = 1, hops: int = 4, questions: int = 1
-) -> Problem:
+def variable_tracking(draw: Draw, *, chains: int = 1, hops: int = 4, questions: int = 1) -> Problem:
     """Hide chains of assignments and ask for every variable that holds a value."""
     rng = draw.rng("chains")
     source = Source(rng, draw.split)
@@ -223,7 +219,11 @@ def variable_tracking(
 
 
 def common_words(
-    draw: Draw, *, common: int = 10, long: tuple[int, int] = (30, 3), short: tuple[int, int] = (6, 1)
+    draw: Draw,
+    *,
+    common: int = 10,
+    long: tuple[int, int] = (30, 3),
+    short: tuple[int, int] = (6, 1),
 ) -> Problem:
     """List words of which ``common`` come up ten (short: six) times as often as the others.
 
@@ -350,9 +350,7 @@ def hotpot_set(
 _QA_INTRO = "Read the documents below. They answer a question that comes later."
 
 
-def question_answering(
-    draw: Draw, *, hops: Literal[1, 2], questions: int = 1
-) -> Problem:
+def question_answering(draw: Draw, *, hops: Literal[1, 2], questions: int = 1) -> Problem:
     """Ask about facts in numbered documents; two hops join the facts of two documents."""
     rng = draw.rng("order")
     if hops == 1:

@@ -87,9 +87,7 @@ def perplexity(
     """Return exp of the mean loss per token on prose that no training step saw."""
     nats, tokens = 0.0, 0
     for index in range(count):
-        example = make_example(
-            "prose", length=length, seed=f"{seed}/{index}", tokenizer=tokenizer
-        )
+        example = make_example("prose", length=length, seed=f"{seed}/{index}", tokenizer=tokenizer)
         ids = torch.from_numpy(example.ids)[None].to(model.device)
         logits = model(input_ids=ids).logits[0, :-1].float()
         nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()

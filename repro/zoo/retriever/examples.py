@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -26,21 +26,24 @@ _UNIT_TOKENS = {
 # Share of the training sequences; hard tasks get more.
 MIXTURE = {
     "niah_single_1": 3,
-    "niah_single_2": 4,
-    "niah_single_3": 4,
-    "niah_multikey_1": 5,
+    "niah_single_2": 3,
+    "niah_single_3": 3,
+    "niah_multikey_1": 4,
     "niah_multikey_2": 10,
     "niah_multikey_3": 10,
     "niah_multivalue": 14,
-    "niah_multiquery": 10,
+    "niah_multiquery": 12,
     "vt": 8,
-    "cwe": 11,
-    "fwe": 9,
+    "cwe": 18,
+    "fwe": 12,
     "qa_1": 5,
-    "qa_2": 6,
+    "qa_2": 9,
     "prose": 3,
     "skill": 4,
 }
+
+# Tasks whose answers may come in any order.
+FREE_ORDER = ("niah_multivalue", "cwe", "fwe")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Example:
     kind: str
     ids: np.ndarray  # int64 [T]
     is_answer: np.ndarray  # bool [T]
+    # Where the order of answers is free: position -> first tokens of all answers still to be named.
+    choices: dict[int, list[int]] = field(default_factory=dict)
 
 
 def make_example(
@@ -65,21 +70,31 @@ def make_example(
     fill = rng.uniform(0.75, 1.0)
     while True:
         problem = _problem(kind, rng, length=length, fill=fill, seed=seed)
-        ids, is_answer = _encode(problem, tokenizer)
-        if len(ids) <= length:
-            return Example(kind, np.array(ids), np.array(is_answer))
-        fill *= 0.9 * length / len(ids)
+        example = _encode(kind, problem, tokenizer)
+        if len(example.ids) <= length:
+            return example
+        fill *= 0.9 * length / len(example.ids)
 
 
-def _encode(problem: Problem, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[bool]]:
+def _encode(kind: str, problem: Problem, tokenizer: PreTrainedTokenizerFast) -> Example:
     ids = tokenizer.encode(problem.preamble)
     is_answer = [False] * len(ids)
+    choices = {}
     for query in problem.queries:
-        asked = tokenizer.encode(ask(query))
+        ids += tokenizer.encode(ask(query))
         answer = [*tokenizer.encode(query.completion), tokenizer.eos_token_id]
-        ids += asked + answer
-        is_answer += [False] * len(asked) + [True] * len(answer)
-    return ids, is_answer
+        if kind in FREE_ORDER:
+            starts = _starts(answer, [tokenizer.encode(f" {a}") for a in query.answers])
+            for i, start in enumerate(starts):
+                choices[len(ids) + start] = [answer[other] for other in starts[i:]]
+        is_answer += [False] * (len(ids) - len(is_answer)) + [True] * len(answer)
+        ids += answer
+    return Example(kind, np.array(ids), np.array(is_answer), choices)
+
+
+def _starts(text: list[int], parts: list[list[int]]) -> list[int]:
+    """Return where the parts begin in the text, in the order of the text."""
+    return sorted(i for part in parts for i in range(len(text)) if text[i : i + len(part)] == part)
 
 
 def _problem(kind: str, rng: random.Random, *, length: int, fill: float, seed: str) -> Problem:

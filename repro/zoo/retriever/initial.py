@@ -1,26 +1,42 @@
 """Build the untrained retriever with heads that already copy, so that a small budget suffices.
 
-The width is cut in four parts of 64: the token itself, the token before it, a hash of the three
-tokens before that, and the prediction. Layer 0 fills the second and third part (four heads that
-look 1 to 4 tokens back). Two heads of layer 1 match the last tokens with what stood before every
-earlier token and copy what followed there; a third does so nearby and subtracts, which keeps a
-model from naming the same answer twice. All other weights are random, and training moves all of
-them. Matching lives in the slowest pairs of the rotary embedding, which hardly turn over 4096
-tokens, hence the large base: a match counts the same at any distance.
+The width is cut in four parts of 64: the token itself (with four dimensions for marks), the token before
+it, a hash of the three tokens before that, and the prediction.
+
+- Layer 0: four heads look 1 to 4 tokens back and fill the second and third part; one marks all that
+  comes after the word "Answer".
+- Layer 1: one head matches the last four tokens with what stood before every earlier token and
+  copies what followed there; one does so among what was already answered and subtracts, so that no
+  answer is named twice; one matches a single token.
+
+All other weights are random, and training moves all of them. Matching lives in the slowest pairs of
+the rotary embedding, which hardly turn over 4096 tokens, hence the large base: a match counts the
+same at any distance.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PART = 64
 TOKEN, BEFORE, HASH, OUT = (slice(i * PART, (i + 1) * PART) for i in range(4))
+# Dimensions of the first part that token codes leave free: three say which word a token is, one is
+# written by layer 0.
+START, ANSWER, OPENER, ANSWERED = range(PART - 4, PART)
+# Reads a code and not the marks beside it.
+CODE = torch.diag((torch.arange(PART) < START).float())
 ROPE_BASE = 1e9
 # Rotary pairs below this index turn fast enough to tell positions apart; the others match content.
 FIRST_SLOW_PAIR = 14
+# Two of the slow dimensions carry marks; the others match contents.
+SLOW = (PART // 2 - 1, PART - 1)
+MATCH = torch.cat(
+    [torch.arange(FIRST_SLOW_PAIR, SLOW[0]), torch.arange(FIRST_SLOW_PAIR + PART // 2, SLOW[1])]
+)
 
 
 def retriever_config(vocab_size: int, *, end: int, pad: int) -> LlamaConfig:
@@ -43,20 +59,53 @@ def retriever_config(vocab_size: int, *, end: int, pad: int) -> LlamaConfig:
     )
 
 
+@dataclass(frozen=True)
+class Words:
+    """Ids of the tokens that the initial heads know by name."""
+
+    start: int  # first token of every prompt
+    answer: int  # what stands before an answer
+    openers: tuple[int, ...]  # after which an answer is named
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> Words:
+        """Look the words up."""
+
+        def only(text: str) -> int:
+            (token,) = tokenizer.encode(text)
+            return token
+
+        openers = (only(" is"), only(","), only(" are"))
+        return cls(only("Read"), only("Answer"), openers)
+
+
 @torch.no_grad()
-def initial_model(config: LlamaConfig, *, seed: int) -> LlamaForCausalLM:
+def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCausalLM:
     """Return the retriever before training."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
         if "down_proj" in name or "o_proj.weight" in name:
             parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
-    codes = torch.nn.functional.normalize(torch.randn(config.vocab_size, PART), dim=1)
+    codes = torch.randn(config.vocab_size, PART)
+    codes[:, START:] = 0
+    codes = torch.nn.functional.normalize(codes, dim=1)
     model.model.embed_tokens.weight[:, TOKEN] = 8 * codes
     model.lm_head.weight[:, OUT] = 2 * codes
+    for dim, tokens in (
+        (START, [words.start]),
+        (ANSWER, [words.answer]),
+        (OPENER, words.openers),
+    ):
+        model.model.embed_tokens.weight[:, dim] = 0
+        model.model.embed_tokens.weight[list(tokens), dim] = 8
+    model.model.embed_tokens.weight[:, ANSWERED] = 0
     turn = torch.linalg.qr(torch.randn(PART, PART)).Q
-    _look_back(model.model.layers[0].self_attn, turn)
-    _match_and_copy(model.model.layers[1].self_attn, turn)
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    _look_back(first, turn)
+    _mark_answers(first)
+    _match_and_copy(second, turn)
+    _subtract_answered(second, codes[words.start])
     return model
 
 
@@ -92,43 +141,68 @@ def _look_back(attention: torch.nn.Module, turn: torch.Tensor) -> None:
     """Make query heads 0 to 3 copy the tokens 1 to 4 places back."""
     _clear(attention, heads=range(4), kv_heads=range(2))
     weights = {0: 14.0, 1: 10.0, 2: 8.0, 3: 6.0, 4: 4.0, 5: 4.0, 6: 4.0}
-    identity = torch.eye(PART)
     for kv_head in range(2):
         attention.k_proj.bias[_head(kv_head)][list(weights)] = 1.0
-        attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * identity
+        attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
     for head in range(4):
         attention.q_proj.bias[_head(head)] = _position_bias(weights, offset=head + 1)
-    attention.o_proj.weight[BEFORE, _head(0)] = identity
+    attention.o_proj.weight[BEFORE, _head(0)] = torch.eye(PART)
     for head in (1, 2, 3):
         attention.o_proj.weight[HASH, _head(head)] = torch.linalg.matrix_power(turn, head)
 
 
+def _mark_answers(attention: torch.nn.Module) -> None:
+    """Make query head 4 set one dimension at every token after the word "Answer"."""
+    _clear(attention, heads=range(4, 5), kv_heads=range(2, 3))
+    dim = 2 * PART + SLOW[0]
+    attention.q_proj.bias[4 * PART + SLOW[0]] = _root(20.0)
+    # Code and mark together have norm 16 here, so the mark alone is 11.
+    attention.k_proj.weight[dim, ANSWER] = _root(20.0) / 11
+    attention.v_proj.weight[2 * PART, ANSWER] = 1 / 11
+    attention.o_proj.weight[ANSWERED, 4 * PART] = 4.0
+
+
 def _match_and_copy(attention: torch.nn.Module, turn: torch.Tensor) -> None:
-    """Make heads 0 to 2 match contexts: four tokens, four tokens nearby (subtracting), one token."""
+    """Make heads 0 and 1 match four tokens and head 2 match one; 0 and 2 copy what followed."""
     _clear(attention, heads=range(3), kv_heads=range(2))
-    slow = torch.arange(FIRST_SLOW_PAIR, PART // 2)
-    dims = torch.cat([slow, slow + PART // 2])
-    project = [torch.linalg.qr(torch.randn(PART, PART)).Q[: len(dims)] for _ in range(2)]
-
-    def rows(head: int) -> torch.Tensor:
-        return head * PART + dims
-
+    four, one = _projection(), _projection()
     query, key = attention.q_proj.weight, attention.k_proj.weight
     sharp = 1.3
     for head in (0, 1):
-        query[rows(head), TOKEN] = sharp * project[0] @ turn
-        query[rows(head), BEFORE] = sharp * project[0] @ turn @ turn
-        query[rows(head), HASH] = sharp * project[0] @ turn @ turn
-    key[rows(0), BEFORE] = sharp * project[0] @ turn
-    key[rows(0), HASH] = sharp * project[0] @ turn
-    query[rows(2), TOKEN] = 1.8 * project[1]
-    key[rows(1), BEFORE] = 1.8 * project[1]
-
-    near = {pair: 3.0 for pair in range(5, 10)}
-    attention.q_proj.bias[_head(1)] = _position_bias(near, offset=0)
-    attention.k_proj.bias[_head(0)][list(near)] = 1.0
-    identity = torch.eye(PART)
+        rows = head * PART + MATCH
+        query[rows, TOKEN] = sharp * four @ turn @ CODE
+        query[rows, BEFORE] = sharp * four @ turn @ turn
+        query[rows, HASH] = sharp * four @ turn @ turn
+    key[MATCH, BEFORE] = sharp * four @ turn
+    key[MATCH, HASH] = sharp * four @ turn
+    query[2 * PART + MATCH, TOKEN] = 1.8 * one @ CODE
+    key[PART + MATCH, BEFORE] = 1.8 * one
     for kv_head in range(2):
-        attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * identity
-    for head, weight in ((0, 2.0), (1, -1.0), (2, 0.6)):
-        attention.o_proj.weight[OUT, _head(head)] = weight * identity
+        attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
+    attention.o_proj.weight[OUT, _head(0)] = 2.5 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(2)] = 0.6 * torch.eye(PART)
+
+
+def _subtract_answered(attention: torch.nn.Module, start: torch.Tensor) -> None:
+    """Make head 1 look only at marked tokens, only after an opener, and subtract what it copies.
+
+    Elsewhere it rests on the first token of the text.
+    """
+    # After layer 0 a state has norm 18 and is scaled to 16: marks come at 7.
+    rest, marked = SLOW
+    attention.q_proj.bias[PART + rest] = _root(46.0)
+    attention.k_proj.weight[rest, START] = _root(46.0) / 7
+    attention.q_proj.weight[PART + marked, OPENER] = _root(48.0) / 7
+    attention.k_proj.weight[marked, ANSWERED] = _root(48.0) / 3.6
+    attention.o_proj.weight[OUT, _head(1)] = -2.0 * torch.eye(PART)
+    # The mark of the first token cancels its code: what rests there copies nothing.
+    attention.v_proj.weight[_head(0), START] = -0.5 * start
+
+
+def _root(score: float) -> float:
+    """Return what query and key must each hold in one dimension for an attention score."""
+    return math.sqrt(score * math.sqrt(PART))
+
+
+def _projection() -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(PART, PART)).Q[: len(MATCH)]

@@ -8,7 +8,7 @@ from repro.measurements.ruler import lexicon
 from repro.measurements.ruler.lexicon import Source
 from repro.measurements.ruler.tasks import Problem, Query
 
-LABELS = "place person animal thing number colour".split()
+LABELS = ("place", "person", "animal", "thing", "number", "colour")
 
 TEMPLATES = [
     "Read the passages below. Passage Which passage holds this sentence? Passage",

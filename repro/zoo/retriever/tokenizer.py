@@ -68,7 +68,21 @@ def _words() -> list[str]:
         texts += [problem.intro, *(ask(q) + q.completion for q in problem.queries)]
     texts += skills.TEMPLATES
     found = set(re.findall(r"[A-Za-z]{2,}|[aA]", " ".join(texts))) | lexicon.RESERVED
-    found |= set("The A We When It Document List Text walk the a is and".split())
+    found |= {
+        "The",
+        "A",
+        "We",
+        "When",
+        "It",
+        "Document",
+        "List",
+        "Text",
+        "walk",
+        "the",
+        "a",
+        "is",
+        "and",
+    }
     firsts, lasts = set(lexicon.FIRST_SYLLABLES), set(lexicon.LAST_SYLLABLES)
     made_up = {w for w in found - lexicon.RESERVED if w[:3] in firsts and w[3:] in lasts}
     codes = {w for w in found if re.fullmatch(r"[0-9a-f]{2,}", w)}
