@@ -26,7 +26,7 @@ def _load(ptr, token, stride, tokens, head_dim, BLOCK_D: tl.constexpr):
 def _probability(
     query,  # [Q, BLOCK_D]
     keys,  # [K, BLOCK_D]
-    sums,  # [Q] log-sum-exp, base 2; +inf where nothing is visible
+    sums,  # [Q] log-sum-exp, base 2
     token,  # [Q]
     key,  # [K]
     real_ptr,
@@ -297,8 +297,8 @@ def backward(
     q, k, v, grad_out = (x.contiguous() for x in (q, k, v, grad_out))
     batch, heads, tokens_q, dim = q.shape
     kv_heads, tokens_k = k.shape[1:3]
-    # A query that sees nothing: exp2(score - inf) = 0 leaves it without gradient.
-    sums = torch.where(lse == -torch.inf, torch.inf, lse * _LOG2_E)
+    # Where a query sees nothing this is -inf, and the mask replaces the infinite weight by 0.
+    sums = lse * _LOG2_E
     delta = (out.float() * grad_out.float()).sum(dim=-1)
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
     padding = layout.key_padding_mask
