@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -60,7 +61,11 @@ def select_blocks(
             f"{list(mass.shape)}"
         )
     shares = _checked_threshold(threshold, mass)
-    grid = {"query_offset": query_offset, "block_size": block_size, "device": mass.device}
+    grid: dict[str, Any] = {
+        "query_offset": query_offset,
+        "block_size": block_size,
+        "device": mass.device,
+    }
     computable = causal_blocks(mass.shape[2], mass.shape[3], causal=causal, **grid)[None, None]
     if real_blocks is not None:
         if real_blocks.dtype != torch.bool or real_blocks.shape != mass.shape[::3]:

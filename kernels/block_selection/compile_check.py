@@ -21,7 +21,7 @@ def cases() -> list[CompileCase]:
             name=f"k{count}",
             fn=_block_selection_kernel,
             signature={**pointers, **integers},
-            constants={"BITS": 54, "BLOCK_K": count},
+            constants={"BLOCK_K": count},
             num_warps=4 if count >= 512 else 1,
         )
         for count in (16, 128, 1024)

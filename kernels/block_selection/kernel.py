@@ -19,7 +19,6 @@ def _block_selection_kernel(
     count_k,
     stride_fb,
     stride_cb,
-    BITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Keep others of mass > t, and the first few of mass t.
@@ -47,12 +46,12 @@ def _block_selection_kernel(
     # Invariant: high satisfies the condition if anything does, every v < low does not.
     low = i_row * 0
     high = tl.max(b_mass, axis=0)
-    for _ in range(BITS):
+    while low < high:
         middle = (low + high) // 2
         above = tl.sum(tl.where(b_other & (b_mass > middle), b_mass, 0), axis=0)
         enough = (collected + above).to(tl.float64) < need
         high = tl.where(enough, middle, high)
-        low = tl.where(enough | (low >= high), low, middle + 1)
+        low = tl.where(enough, low, middle + 1)
     above = tl.sum(tl.where(b_other & (b_mass > high), b_mass, 0), axis=0)
     b_tied = b_other & (b_mass == high)
     # How many equal ones come before: the lower block goes first.
@@ -86,7 +85,6 @@ def select_blocks_triton(
         count_k,
         0 if forced.shape[0] == 1 else forced.stride(0),
         0 if computable.shape[0] == 1 else computable.stride(0),
-        BITS=54,
         BLOCK_K=block_k,
         num_warps=4 if block_k >= 512 else 1,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ def xattention_scores(
         real_k = key_padding_mask
         if causal or q.shape[2] == k.shape[2]:
             real_q = key_padding_mask[:, k.shape[2] - q.shape[2] :]
-    options = {
+    options: dict[str, Any] = {
         "order": pairing(pattern, stride, seed),
         "block_size": block_size,
         "causal": causal,

@@ -32,13 +32,15 @@ class Inputs:
 
 def cases(device: str, quick: bool) -> list[Case]:
     """Return the cases: 16,384 tokens on the CPU, up to 128K on a GPU."""
+    lengths: list[int]
+    densities = [0.1] if quick else [0.05, 0.10, 0.25]
     if device == "cpu":
-        lengths, dims, heads = ((8192,), (64,), (4, 4)) if quick else ((16384,), (64, 128), (4, 4))
-        densities = (0.1,) if quick else (0.05, 0.10, 0.25)
+        lengths = [8192] if quick else [16384]
+        dims, heads = [64] if quick else [64, 128], (4, 4)
     else:
-        lengths = (8192,) if quick else (8192, 16384, 32768, 65536, 131072)
-        dims, heads = (128,), (32, 8)
-        densities = (0.1,) if quick else (0.05, 0.10, 0.25, 0.50)
+        lengths = [8192] if quick else [8192, 16384, 32768, 65536, 131072]
+        dims, heads = [128], (32, 8)
+        densities += [] if quick else [0.50]
     return [
         Case(
             name=f"T={tokens} D={dim} S=16 density={density:.0%}",

@@ -40,10 +40,10 @@ def inputs(shape, seed, ties, causal=True, offset=0):
     ("shape", "causal", "offset"),
     [
         ((1, 2, 1, 1), True, 0),
-        ((1, 3, 7, 7), True, 0),
+        ((1, 2, 5, 5), True, 0),
         ((2, 2, 3, 9), True, 6 * 16),
         ((1, 2, 3, 9), True, 6 * 16 - 5),
-        ((1, 2, 5, 33), False, 0),
+        ((1, 1, 3, 33), False, 0),
     ],
 )
 def test_equals_reference(name, ties, shape, causal, offset):
@@ -55,7 +55,7 @@ def test_equals_reference(name, ties, shape, causal, offset):
         assert torch.equal(IMPLEMENTATIONS[name](mass, threshold, **options), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     values=st.lists(st.integers(0, 5), min_size=1, max_size=12),
     share=st.sampled_from([0.0, 0.2, 0.5, 0.75, 0.9, 1.0]),

@@ -18,7 +18,7 @@ IMPLEMENTATIONS = {"cpu": xattention_scores_cpu, "triton": xattention_scores_tri
 # name: (qkv arguments, stride, block_size, causal)
 SHAPES = {
     "one token": ({"queries": 1}, 4, 16, True),
-    "multiple": ({"queries": 64}, 4, 16, True),
+    "multiple": ({"queries": 64, "heads": 1}, 4, 16, True),
     "plus one": ({"queries": 65}, 4, 16, True),
     "odd width": ({"queries": 70, "head_dim": 24}, 8, 32, True),
     "grouped, batch": ({"queries": 49, "heads": 4, "kv_heads": 2, "batch": 2}, 8, 16, True),
@@ -27,6 +27,7 @@ SHAPES = {
     "non-causal": ({"queries": 50}, 4, 16, False),
     "cross": ({"queries": 40, "keys": 70}, 4, 16, False),
     "stride one": ({"queries": 40}, 1, 16, True),
+    "several tiles": ({"queries": 140, "heads": 1}, 1, 16, True),
     "whole block": ({"queries": 70}, 16, 16, True),
 }
 
