@@ -24,7 +24,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,130 +33,12 @@ from repro import measurements, registry, subjects, yamlfile
 from repro.errors import BadInput, Fault, MissingResource, near_matches
 from repro.keys import canonical_json, jsonable
 from repro.measurements import Measurement
+from repro.profiles import DenseOptions, Manifest, MeasurementEntry, MethodEntry, Profile
 from repro.schema import STRICT, changed_fields, model_of, rule_of
 from repro.subjects import SubjectInfo
 from repro.yamlfile import Location, YamlFile, dotted
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # profile and paper names become file names
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseOptions:
-    """Options of the dense entry.
-
-    Attributes:
-        reruns: How often the dense cells are run again, as the noise floor.
-    """
-
-    reruns: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.reruns <= 10:
-            raise ValueError(f"reruns must be in [0, 10], got {self.reruns}")
-
-
-@dataclass(frozen=True)
-class MethodEntry:
-    """One configuration of a method; ``dense`` has an empty configuration.
-
-    Attributes:
-        shown: Fields that a label shows: those given, and those that differ from the default.
-        index: Place in the profile's list, -1 for a dense entry that was added.
-        config_object: The validated dataclass, None for dense.
-    """
-
-    slug: str
-    config: dict[str, Any]
-    shown: tuple[str, ...] = ()
-    reruns: int = 0
-    config_object: Any = field(default=None, compare=False, repr=False)
-    index: int = field(default=-1, compare=False)
-
-
-@dataclass(frozen=True)
-class MeasurementEntry:
-    """One measurement with its options and the cells that they expand to.
-
-    Attributes:
-        restricted: Index of a method entry with ``only`` -> the cells that it runs instead.
-    """
-
-    name: str
-    options: dict[str, Any]
-    cells: tuple[dict[str, Any], ...]
-    restricted: Mapping[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
-
-    def cells_of(self, method: MethodEntry) -> tuple[dict[str, Any], ...]:
-        """Return the cells that a method runs."""
-        return self.restricted.get(method.index, self.cells)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One profile, resolved: every default filled in, every sweep unrolled."""
-
-    name: str
-    subjects: tuple[str, ...]
-    methods: tuple[MethodEntry, ...]
-    measurements: tuple[MeasurementEntry, ...]
-    seeds: tuple[int, ...] = (0,)
-    dtype: str = "bfloat16"
-    timeout_minutes: float = 60.0
-    resources: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A checked manifest.
-
-    Attributes:
-        path: As given by the user.
-        name: ``paper`` where given, else the file's stem; names the folder of the runs.
-        infos: Subject -> what is known of it without loading it.
-        missing: Subject -> what has to be fetched first, and how.
-    """
-
-    path: str
-    name: str
-    paper: str | None
-    profiles: dict[str, Profile]
-    infos: dict[str, SubjectInfo]
-    missing: dict[str, str]
-
-    def profile(self, name: str) -> Profile:
-        """Return a profile by name.
-
-        Raises:
-            BadInput: If there is none of that name.
-        """
-        if name not in self.profiles:
-            raise BadInput(
-                Fault(
-                    self.path, "--profile", "a known name", name, near_matches(name, self.profiles)
-                )
-            )
-        return self.profiles[name]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the resolved manifest, as it is kept beside the records."""
-        profiles = {
-            name: {
-                "subjects": list(profile.subjects),
-                "methods": [
-                    {"slug": entry.slug, "config": entry.config, "reruns": entry.reruns}
-                    for entry in profile.methods
-                ],
-                "measurements": [
-                    {"name": entry.name, "options": entry.options} for entry in profile.measurements
-                ],
-                "seeds": list(profile.seeds),
-                "dtype": profile.dtype,
-                "timeout_minutes": profile.timeout_minutes,
-                "resources": profile.resources,
-            }
-            for name, profile in self.profiles.items()
-        }
-        return {"path": self.path, "paper": self.paper, "profiles": profiles}
 
 
 class _Resources(BaseModel):
@@ -189,8 +70,8 @@ def load(path: str | Path, *, profile: str | None = None) -> Manifest:
 
     Args:
         path: The manifest.
-        profile: Describe the subjects of this profile alone (None: of all). Describing a hub model
-            asks the hub, which a run of the embedded profile must not.
+        profile: Ask a hub for the subjects of this profile alone (None: of all); a run of the
+            embedded profile needs no network.
 
     Raises:
         BadInput: With every fault of the file, each as ``<file>:<line>: <path> must be <rule>,
@@ -272,10 +153,9 @@ class _Reader:
             if not isinstance(name, str) or name in self.infos or name in self.missing:
                 continue
             try:
-                if describe:
-                    self.infos[name] = subjects.describe(name)
-                else:
-                    subjects.check_scheme(name)
+                info = subjects.describe(name, offline=not describe)
+                if info is not None:
+                    self.infos[name] = info
             except MissingResource as error:
                 self.missing[name] = str(error)
             except BadInput as error:
@@ -349,6 +229,7 @@ class _Reader:
         fixed = {name: value for name, value in options.items() if name not in ("sweep", "only")}
         axes = self._axes(options, at, {field.name for field in dataclasses.fields(config_type)})
         if axes is None:
+            self._build(config_type, fixed, {}, at)  # for what else is wrong
             return
         for point in itertools.product(*(list(enumerate(axis)) for axis in axes.values())):
             swept = {name: value for name, (_, value) in zip(axes, point, strict=True)}
@@ -505,20 +386,28 @@ class _Reader:
         """
         fields = {field.name for field in dataclasses.fields(kind)}
         model = model_of(kind)
+        wrong: set[str] = set()
         try:
             checked = model.model_validate_json(json.dumps(options))
         except ValidationError as error:
             for problem in error.errors():
-                name = str(problem["loc"][0]) if problem["loc"] else ""
+                name = str(problem["loc"][0])
+                wrong.add(name)
                 here = places.get(name, (*at, *problem["loc"]))
                 self._pydantic_fault(problem, here, fields)
-            return None
+            # The other values may break rules of their own.
+            rest = {name: value for name, value in options.items() if name not in wrong}
+            try:
+                checked = model.model_validate_json(json.dumps(rest))
+            except ValidationError:  # a required one is among the wrong ones
+                return None
         try:
-            return kind(**{name: getattr(checked, name) for name in checked.model_fields_set})
+            built = kind(**{name: getattr(checked, name) for name in checked.model_fields_set})
         except (ValueError, TypeError) as error:
             for rule in re.split(r"\n|; (?=\w+ must be )", str(error)):
                 self._rule_fault(rule, fields, places, at)
             return None
+        return None if wrong else built
 
     def _rule_fault(
         self, text: str, fields: set[str], places: Mapping[str, Location], at: Location

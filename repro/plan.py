@@ -16,9 +16,10 @@ from typing import Any
 from repro import measurements, registry
 from repro.errors import BadInput, Fault
 from repro.keys import SourceDigests, canonical_json, digest, jsonable, library_versions
-from repro.manifest import Manifest, MeasurementEntry, MethodEntry, Profile, applies
+from repro.manifest import applies
 from repro.measurements import Measurement
 from repro.method import Method
+from repro.profiles import Manifest, MeasurementEntry, MethodEntry, Profile
 from repro.subjects import SubjectInfo
 
 KEY_SCHEMA = 1

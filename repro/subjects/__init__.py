@@ -2,7 +2,8 @@
 
 A scheme module offers ``describe(rest) -> SubjectInfo`` (no torch import, raises BadInput or
 MissingResource) and ``load(rest, device=..., dtype=...) -> Subject``; optionally ``known() ->
-list[str]`` for near matches. Adding a scheme adds a module and edits no file.
+list[str]`` for near matches, and ``is_remote(rest) -> bool`` if describing may ask a hub. Adding a
+scheme adds a module and edits no file.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from repro.errors import BadInput, Fault, near_matches
 
@@ -84,23 +85,25 @@ def _scheme_module(name: str) -> tuple[Any, str]:
     return importlib.import_module(known[scheme]), rest
 
 
-def check_scheme(name: str) -> None:
-    """Check that a subject's scheme exists; its files are not looked at.
-
-    Raises:
-        BadInput: If the scheme is unknown.
-    """
-    _scheme_module(name)
-
-
-def describe(name: str) -> SubjectInfo:
+@overload
+def describe(name: str) -> SubjectInfo: ...
+@overload
+def describe(name: str, *, offline: bool) -> SubjectInfo | None: ...
+def describe(name: str, *, offline: bool = False) -> SubjectInfo | None:
     """Describe a subject without loading weights or importing torch.
+
+    Args:
+        name: Full name, ``<scheme>:<rest>``.
+        offline: Return None instead of asking a hub.
 
     Raises:
         BadInput: If the scheme or the name is unknown.
         MissingResource: If its files have to be fetched first; the text says how.
     """
     module, rest = _scheme_module(name)
+    is_remote = getattr(module, "is_remote", None)
+    if offline and is_remote is not None and is_remote(rest):
+        return None
     return module.describe(rest)
 
 

@@ -45,6 +45,11 @@ def describe(rest: str) -> SubjectInfo:
     )
 
 
+def is_remote(rest: str) -> bool:
+    """Tell whether describing a subject asks the hub."""
+    return _local_folder(rest) is None
+
+
 def load(rest: str, *, device: str = "auto", dtype: str = "auto") -> Subject:
     """Load a folder offline, or a hub model from the cache or the hub."""
     info = describe(rest)

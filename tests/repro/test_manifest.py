@@ -317,3 +317,33 @@ def test_several_broken_rules_of_one_config_are_several_faults(plugins, write_ma
         "stride must be even; odd is bad, got 7",
         "threshold must be in [0, 1], got 2",
     ]
+
+
+def test_a_fault_hides_no_other_of_its_entry(plugins, write_manifest):
+    methods = '[{fake: {stride: "8", threshold: 2}}, {fake: {threshold: 2, sweep: {stride: []}}}]'
+    faults = faults_of(write_manifest(methods=methods))
+    assert [fault.split(" must ")[0].split("methods")[1] for fault in faults] == [
+        "[0].stride",
+        "[0].threshold",
+        "[1].sweep.stride",
+        "[1].threshold",
+    ]
+
+
+def test_other_profiles_are_checked_without_asking_a_hub(plugins, write_manifest):
+    source = plugins.root / "subjects" / "toy.py"
+    source.write_text(
+        source.read_text() + '\n\ndef is_remote(rest):\n    return rest == "absent"\n'
+    )
+    text = (
+        "profiles:\n"
+        "  p: {subjects: [toy:a], measurements: [noop]}\n"
+        "  q: {subjects: [toy:b, toy:absent], measurements: [{noop: {lengths: [4096]}}]}\n"
+    )
+    path = write_manifest(text)
+    with pytest.raises(BadInput, match="toy.yaml:3: .*the positions of toy:b") as caught:
+        manifest.load(path, profile="p")
+    assert len(caught.value.faults) == 1
+    path = write_manifest(text.replace("4096", "128"))
+    assert list(manifest.load(path, profile="p").missing) == []
+    assert list(manifest.load(path, profile="q").missing) == ["toy:absent"]
