@@ -14,8 +14,9 @@ from transformers import DynamicCache
 from repro.errors import UnsupportedCombination
 from repro.measurements.ruler import decoding, engine
 from repro.measurements.ruler.decoding import decode_batch, encode
-from repro.measurements.ruler.engine import StoredLM, merge_stats, plan_batches
+from repro.measurements.ruler.engine import StoredLM, plan_batches
 from repro.method import Method, Patch
+from repro.patch_stats import merge_stats
 from repro.testing import byte_tokenizer, cell_context, tiny_subject
 
 TEXTS = [
