@@ -62,6 +62,9 @@ def test_a_known_allocation_is_seen_and_forgotten(meter):
         del block
     assert 0.9 * 128 * MIB < peak[0] - idle < 1.5 * 128 * MIB
     assert meter.current() - idle < 32 * MIB
+    with meter.peak() as quiet:
+        pass
+    assert quiet[0] - idle < 32 * MIB
 
 
 def test_dense_and_method_are_kept_apart(subject):
