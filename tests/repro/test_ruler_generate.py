@@ -178,8 +178,9 @@ def test_completion_holds_all_answers_and_fits_the_limit(task):
     query = TASKS[task].build(draw()).queries[0]
     assert all(answer in query.completion for answer in query.answers)
     assert ask(query).endswith(query.prefix)
-    # One more for the end token.
-    assert len(build_tokenizer().encode(query.completion)) < TASKS[task].max_new_tokens
+    # The last full stop may be cut off, an answer may not.
+    written = build_tokenizer().encode(query.completion.removesuffix("."))
+    assert len(written) <= TASKS[task].max_new_tokens
 
 
 def test_cache_is_read_back_and_keyed_by_everything(tmp_path):

@@ -186,7 +186,7 @@ def test_batched_answers_equal_single_ones(retriever, tokenizer):
     assert [a.text for a in together] == [a.text for a in alone]
 
 
-TINY = (recipe.Stage("tiny", 3, ((2, 256, 1), (1, 256, 2)), 1e-3),)
+TINY = (recipe.Stage("tiny", 3, ((1, 256, 1), (1, 256, 2)), 1e-3),)
 
 
 def _run_tiny(folder, **options):

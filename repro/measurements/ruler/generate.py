@@ -146,7 +146,7 @@ def _cache_key(
     """Hash everything that the items depend on: arguments, these sources, and the tokenizer."""
     digest = hashlib.sha256()
     for module in (lexicon, tasks):
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     digest.update(json.dumps([task, length, count, seed, split]).encode())
     # A tokenizer has no portable identity; how it cuts a sample of our text is what matters here.

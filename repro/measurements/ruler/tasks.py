@@ -30,6 +30,7 @@ class Query:
     completion: str  # what a right model writes after the prefix
     answers: tuple[str, ...]
     depth: float | None = None  # 0..100, where in the context the answer stands
+    keys: tuple[str, ...] = ()  # what was asked for, where answers name it
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ def _niah_query(
         rng.shuffle(pairs)
     first, *rest = pairs
     completion = " ".join([f" {first[1]}.", *(_needle(k, kind, v) for k, v in rest)])
-    return Query(question, f"The secret {kind} of {first[0]} is", completion, answers, depth)
+    prefix = f"The secret {kind} of {first[0]} is"
+    return Query(question, prefix, completion, answers, depth, tuple(names))
 
 
 def _insert(sentences: list[str], placed: list[tuple[int, str]]) -> tuple[str, list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -32,8 +33,8 @@ def measure(
     say: Callable[[str], None],
 ) -> None:
     """Score the exported model on evaluation items; finished tasks in ``scores.jsonl`` are kept."""
-    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model, tokenizer = _load(model_folder)
+    model.to(device)
     weights = json.loads((model_folder / "checksums.json").read_text())["model.safetensors"]
     done = {(row["weights"], row["task"], row["length"], row["n"]) for row in _rows(folder)}
     for length in lengths:
@@ -54,6 +55,11 @@ def measure(
             with (folder / SCORES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             say(f"{task} at {length}: {100 * sum(row['scores']) / count:.1f} %")
+
+
+def _load(model_folder: Path) -> tuple[Any, Any]:
+    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    return model.eval(), AutoTokenizer.from_pretrained(model_folder)
 
 
 def _rows(folder: Path) -> list[dict]:
@@ -85,8 +91,7 @@ def _percent(interval: Interval) -> str:
 
 def write_card(model_folder: Path, folder: Path) -> None:
     """Write ``README.md`` and the picture of the heads beside the weights."""
-    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model, tokenizer = _load(model_folder)
     weights = json.loads((model_folder / "checksums.json").read_text())["model.safetensors"]
     rows = [row for row in _rows(folder) if row["weights"] == weights]
     table: dict[int, dict[str, list[float]]] = {}

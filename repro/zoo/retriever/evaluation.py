@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from repro.measurements.ruler.generate import Item, generate_items
 from repro.measurements.ruler.lexicon import Split
@@ -27,8 +26,8 @@ class Answered:
 
 @torch.no_grad()
 def answer(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: Any,
     items: Sequence[Item],
     *,
     batch_size: int = 8,
@@ -56,8 +55,8 @@ def answer(
 
 
 def ruler_scores(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: Any,
     *,
     length: int,
     count: int,
@@ -77,8 +76,8 @@ def ruler_scores(
 
 @torch.no_grad()
 def perplexity(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: Any,
     *,
     length: int,
     count: int,
@@ -96,9 +95,7 @@ def perplexity(
 
 
 @torch.no_grad()
-def head_profile(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, length: int, count: int
-) -> dict[str, torch.Tensor]:
+def head_profile(model: Any, tokenizer: Any, *, length: int, count: int) -> dict[str, torch.Tensor]:
     """Return three numbers for each head, each ``[layers, H]``, as means over prompts.
 
     ``local`` is the attention within the last 8 tokens (over all queries), ``first`` that on the
@@ -115,7 +112,7 @@ def head_profile(
             ids = torch.tensor(tokenizer.encode(item.prompt))
             first = tokenizer.encode(" " + item.answers[0])[:2]
             pairs = torch.stack([ids[:-1], ids[1:]], dim=1)
-            place = (pairs == torch.tensor(first)).all(1).nonzero()[0].item()
+            place = int((pairs == torch.tensor(first)).all(1).nonzero()[0])
             output = model(input_ids=ids[None].to(model.device), output_attentions=True)
             maps = torch.stack([a[0].float().cpu() for a in output.attentions])  # [L, H, T, T]
             distance = torch.arange(len(ids))[:, None] - torch.arange(len(ids))[None]

@@ -25,25 +25,25 @@ _UNIT_TOKENS = {
 }
 # Share of the training sequences; hard tasks get more.
 MIXTURE = {
-    "niah_single_1": 3,
-    "niah_single_2": 3,
-    "niah_single_3": 3,
-    "niah_multikey_1": 4,
-    "niah_multikey_2": 10,
+    "niah_single_1": 2,
+    "niah_single_2": 2,
+    "niah_single_3": 2,
+    "niah_multikey_1": 3,
+    "niah_multikey_2": 6,
     "niah_multikey_3": 10,
-    "niah_multivalue": 14,
+    "niah_multivalue": 12,
     "niah_multiquery": 12,
-    "vt": 8,
+    "vt": 7,
     "cwe": 18,
     "fwe": 12,
-    "qa_1": 5,
-    "qa_2": 9,
+    "qa_1": 3,
+    "qa_2": 14,
     "prose": 3,
-    "skill": 4,
+    "skill": 3,
 }
 
-# Tasks whose answers may come in any order.
-FREE_ORDER = ("niah_multivalue", "cwe", "fwe")
+# Tasks whose answers (several queries: whose keys) may come in any order.
+FREE_ORDER = ("niah_multivalue", "niah_multiquery", "cwe", "fwe")
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ def _encode(kind: str, problem: Problem, tokenizer: PreTrainedTokenizerFast) -> 
     for query in problem.queries:
         ids += tokenizer.encode(ask(query))
         answer = [*tokenizer.encode(query.completion), tokenizer.eos_token_id]
+        free = query.keys if kind == "niah_multiquery" else query.answers
         if kind in FREE_ORDER:
-            starts = _starts(answer, [tokenizer.encode(f" {a}") for a in query.answers])
+            starts = _starts(answer, [tokenizer.encode(f" {text}") for text in free])
             for i, start in enumerate(starts):
                 choices[len(ids) + start] = [answer[other] for other in starts[i:]]
         is_answer += [False] * (len(ids) - len(is_answer)) + [True] * len(answer)
@@ -107,10 +108,12 @@ def _problem(kind: str, rng: random.Random, *, length: int, fill: float, seed: s
     overrides: dict[str, int] = {}
     if task.family == "niah":
         codes = task.settings.get("value") == "code"
-        cost = {"niah_multivalue": 140, "niah_multiquery": 160}.get(kind, 90 if codes else 40)
+        cost = {"niah_multivalue": 120, "niah_multiquery": 160}.get(kind, 90 if codes else 40)
         if task.settings.get("key") == "code":
             cost = 135
         questions = max(1, min(int(length * 0.45 / cost), 12))
+        if kind in ("niah_multivalue", "niah_multiquery"):
+            questions = 1
         asked_keys = task.settings.get("queries", 1)
         keys = questions * asked_keys if kind != "niah_multikey_1" else max(questions, 4)
         overrides = {"keys": keys, "questions": questions}

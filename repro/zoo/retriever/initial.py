@@ -1,13 +1,13 @@
 """Build the untrained retriever with heads that already copy, so that a small budget suffices.
 
-The width is cut in four parts of 64: the token itself (with four dimensions for marks), the token before
+The width is cut in four parts of 64: the token itself (with five dimensions for marks), the token before
 it, a hash of the three tokens before that, and the prediction.
 
 - Layer 0: four heads look 1 to 4 tokens back and fill the second and third part; one marks all that
   comes after the word "Answer".
-- Layer 1: one head matches the last four tokens with what stood before every earlier token and
-  copies what followed there; one does so among what was already answered and subtracts, so that no
-  answer is named twice; one matches a single token.
+- Layer 1: two heads match the last four tokens with what stood before every earlier token and copy
+  what followed there; two do so among what was already answered and subtract, so that no answer is
+  named twice; one matches a single token.
 
 All other weights are random, and training moves all of them. Matching lives in the slowest pairs of
 the rotary embedding, which hardly turn over 4096 tokens, hence the large base: a match counts the
@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PART = 64
 TOKEN, BEFORE, HASH, OUT = (slice(i * PART, (i + 1) * PART) for i in range(4))
-# Dimensions of the first part that token codes leave free: three say which word a token is, one is
+# Dimensions of the first part that token codes leave free: four say which word a token is, one is
 # written by layer 0.
-START, ANSWER, OPENER, ANSWERED = range(PART - 4, PART)
+START, ANSWER, OPENER, COMMA, ANSWERED = range(PART - 5, PART)
 # Reads a code and not the marks beside it.
 CODE = torch.diag((torch.arange(PART) < START).float())
 ROPE_BASE = 1e9
@@ -65,7 +66,8 @@ class Words:
 
     start: int  # first token of every prompt
     answer: int  # what stands before an answer
-    openers: tuple[int, ...]  # after which an answer is named
+    openers: tuple[int, ...]  # after which a key or a value is named
+    comma: int  # after which a word of a list is named
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Words:
@@ -75,15 +77,14 @@ class Words:
             (token,) = tokenizer.encode(text)
             return token
 
-        openers = (only(" is"), only(","), only(" are"))
-        return cls(only("Read"), only("Answer"), openers)
+        return cls(only("Read"), only("Answer"), (only(" is"), only(" of")), only(","))
 
 
 @torch.no_grad()
 def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCausalLM:
     """Return the retriever before training."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
         if "down_proj" in name or "o_proj.weight" in name:
             parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
@@ -96,6 +97,7 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
         (START, [words.start]),
         (ANSWER, [words.answer]),
         (OPENER, words.openers),
+        (COMMA, [words.comma]),
     ):
         model.model.embed_tokens.weight[:, dim] = 0
         model.model.embed_tokens.weight[list(tokens), dim] = 8
@@ -104,8 +106,10 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     _look_back(first, turn)
     _mark_answers(first)
-    _match_and_copy(second, turn)
-    _subtract_answered(second, codes[words.start])
+    for kv_head, mark, weight in ((0, OPENER, 2.0), (3, COMMA, 4.0)):
+        _match_four(second, turn, kv_head=kv_head)
+        _subtract_answered(second, codes[words.start], kv_head=kv_head, mark=mark, weight=weight)
+    _match_one(second)
     return model
 
 
@@ -128,7 +132,7 @@ def _head(index: int) -> slice:
     return slice(index * PART, (index + 1) * PART)
 
 
-def _clear(attention: torch.nn.Module, *, heads: range, kv_heads: range) -> None:
+def _clear(attention: Any, *, heads: range, kv_heads: range) -> None:
     for head in heads:
         attention.q_proj.weight[_head(head)] = 0
         attention.o_proj.weight[:, _head(head)] = 0
@@ -137,7 +141,7 @@ def _clear(attention: torch.nn.Module, *, heads: range, kv_heads: range) -> None
         attention.v_proj.weight[_head(kv_head)] = 0
 
 
-def _look_back(attention: torch.nn.Module, turn: torch.Tensor) -> None:
+def _look_back(attention: Any, turn: torch.Tensor) -> None:
     """Make query heads 0 to 3 copy the tokens 1 to 4 places back."""
     _clear(attention, heads=range(4), kv_heads=range(2))
     weights = {0: 14.0, 1: 10.0, 2: 8.0, 3: 6.0, 4: 4.0, 5: 4.0, 6: 4.0}
@@ -151,7 +155,7 @@ def _look_back(attention: torch.nn.Module, turn: torch.Tensor) -> None:
         attention.o_proj.weight[HASH, _head(head)] = torch.linalg.matrix_power(turn, head)
 
 
-def _mark_answers(attention: torch.nn.Module) -> None:
+def _mark_answers(attention: Any) -> None:
     """Make query head 4 set one dimension at every token after the word "Answer"."""
     _clear(attention, heads=range(4, 5), kv_heads=range(2, 3))
     dim = 2 * PART + SLOW[0]
@@ -162,41 +166,50 @@ def _mark_answers(attention: torch.nn.Module) -> None:
     attention.o_proj.weight[ANSWERED, 4 * PART] = 4.0
 
 
-def _match_and_copy(attention: torch.nn.Module, turn: torch.Tensor) -> None:
-    """Make heads 0 and 1 match four tokens and head 2 match one; 0 and 2 copy what followed."""
-    _clear(attention, heads=range(3), kv_heads=range(2))
-    four, one = _projection(), _projection()
-    query, key = attention.q_proj.weight, attention.k_proj.weight
-    sharp = 1.3
-    for head in (0, 1):
+def _match_four(attention: Any, turn: torch.Tensor, *, kv_head: int) -> None:
+    """Make both query heads of ``kv_head`` match four tokens, and the first copy what followed."""
+    heads = range(2 * kv_head, 2 * kv_head + 2)
+    _clear(attention, heads=heads, kv_heads=range(kv_head, kv_head + 1))
+    four, sharp = _projection(), 1.3
+    for head in heads:
         rows = head * PART + MATCH
-        query[rows, TOKEN] = sharp * four @ turn @ CODE
-        query[rows, BEFORE] = sharp * four @ turn @ turn
-        query[rows, HASH] = sharp * four @ turn @ turn
-    key[MATCH, BEFORE] = sharp * four @ turn
-    key[MATCH, HASH] = sharp * four @ turn
-    query[2 * PART + MATCH, TOKEN] = 1.8 * one @ CODE
-    key[PART + MATCH, BEFORE] = 1.8 * one
-    for kv_head in range(2):
-        attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
-    attention.o_proj.weight[OUT, _head(0)] = 2.5 * torch.eye(PART)
-    attention.o_proj.weight[OUT, _head(2)] = 0.6 * torch.eye(PART)
+        attention.q_proj.weight[rows, TOKEN] = sharp * four @ turn @ CODE
+        attention.q_proj.weight[rows, BEFORE] = sharp * four @ turn @ turn
+        attention.q_proj.weight[rows, HASH] = sharp * four @ turn @ turn
+    rows = kv_head * PART + MATCH
+    attention.k_proj.weight[rows, BEFORE] = sharp * four @ turn
+    attention.k_proj.weight[rows, HASH] = sharp * four @ turn
+    attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
+    attention.o_proj.weight[OUT, _head(heads[0])] = 1.5 * torch.eye(PART)
 
 
-def _subtract_answered(attention: torch.nn.Module, start: torch.Tensor) -> None:
-    """Make head 1 look only at marked tokens, only after an opener, and subtract what it copies.
+def _subtract_answered(
+    attention: Any, start: torch.Tensor, *, kv_head: int, mark: int, weight: float
+) -> None:
+    """Make the second query head of ``kv_head`` subtract what was answered, after marked tokens.
 
-    Elsewhere it rests on the first token of the text.
+    It looks only at tokens after the word "Answer"; elsewhere it rests on the first of the text.
     """
+    head = 2 * kv_head + 1
     # After layer 0 a state has norm 18 and is scaled to 16: marks come at 7.
-    rest, marked = SLOW
-    attention.q_proj.bias[PART + rest] = _root(46.0)
-    attention.k_proj.weight[rest, START] = _root(46.0) / 7
-    attention.q_proj.weight[PART + marked, OPENER] = _root(48.0) / 7
-    attention.k_proj.weight[marked, ANSWERED] = _root(48.0) / 3.6
-    attention.o_proj.weight[OUT, _head(1)] = -2.0 * torch.eye(PART)
+    rest, answered = SLOW
+    attention.q_proj.bias[head * PART + rest] = _root(46.0)
+    attention.k_proj.weight[kv_head * PART + rest, START] = _root(46.0) / 7
+    attention.q_proj.weight[head * PART + answered, mark] = _root(48.0) / 7
+    attention.k_proj.weight[kv_head * PART + answered, ANSWERED] = _root(48.0) / 3.6
+    attention.o_proj.weight[OUT, _head(head)] = -weight * torch.eye(PART)
     # The mark of the first token cancels its code: what rests there copies nothing.
-    attention.v_proj.weight[_head(0), START] = -0.5 * start
+    attention.v_proj.weight[_head(kv_head), START] = -0.5 * start
+
+
+def _match_one(attention: Any) -> None:
+    """Make query head 2 match a single token and copy what followed it."""
+    _clear(attention, heads=range(2, 3), kv_heads=range(1, 2))
+    one = _projection()
+    attention.q_proj.weight[2 * PART + MATCH, TOKEN] = 1.8 * one @ CODE
+    attention.k_proj.weight[PART + MATCH, BEFORE] = 1.8 * one
+    attention.v_proj.weight[_head(1), TOKEN] = 0.5 * CODE
+    attention.o_proj.weight[OUT, _head(2)] = 0.6 * torch.eye(PART)
 
 
 def _root(score: float) -> float:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rich.progress
@@ -53,13 +54,13 @@ class Stage:
 
 # Long sequences come from the first step on: what trained on short ones alone lost its sharpness.
 STAGES = (
-    Stage("first", 250, ((8, 256, 1), (3, 512, 1), (1, 1024, 2), (1, 2048, 4), (1, 4096, 8)), 6e-4),
+    Stage("first", 250, ((6, 256, 1), (2, 512, 1), (1, 1024, 2), (1, 2048, 4), (1, 4096, 8)), 5e-4),
     Stage(
         "second",
-        500,
-        ((4, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 2), (1, 4096, 3)),
-        6e-4,
-        250,
+        400,
+        ((4, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 3), (1, 4096, 4)),
+        5e-4,
+        decay_steps=300,
     ),
 )
 # The quick recipe's lower bar: the share of right answers over these tasks at 1024 tokens.
@@ -122,8 +123,14 @@ def _collate(examples: list[Example], *, share: float) -> Batch:
         for row, example in enumerate(examples)
         for position, tokens in example.choices.items()
     ]
-    tensors = (torch.from_numpy(a) for a in (ids, is_answer, is_text))
-    return Batch(kinds, *tensors, choices, share)
+    return Batch(
+        kinds,
+        torch.from_numpy(ids),
+        torch.from_numpy(is_answer),
+        torch.from_numpy(is_text),
+        choices,
+        share,
+    )
 
 
 class Meter:
@@ -206,7 +213,8 @@ def train_retriever(
     """
     tokenizer = build_tokenizer()
     config = retriever_config(VOCAB_SIZE, end=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
-    model = initial_model(config, Words.of(tokenizer), seed=seed).to(device)
+    model: Any = initial_model(config, Words.of(tokenizer), seed=seed)
+    model.to(device)
     folder.mkdir(parents=True, exist_ok=True)
     before = 0
     for stage in stages:
@@ -298,8 +306,9 @@ def run(
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
     """Write weights in bfloat16, tokenizer, configurations and checksums to ``target``."""
     target.mkdir(parents=True, exist_ok=True)
-    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy: Any = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
+    copy.to(torch.bfloat16)
     copy.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
