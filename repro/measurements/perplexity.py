@@ -107,7 +107,8 @@ def _document(tokenizer: Any, seed: int, place: int, tokens: int) -> list[int]:
     from repro.measurements.ruler.lexicon import prose
 
     sentences = prose(random.Random(f"perplexity/{seed}/{place}"))
-    text, ids = "", []
+    text = ""
+    ids: list[int] = []
     while len(ids) < tokens:
         text += " ".join(itertools.islice(sentences, max(8, tokens // 8))) + " "
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
