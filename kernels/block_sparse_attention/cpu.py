@@ -157,7 +157,8 @@ def _merge(
     if torch.isneginf(before).all():
         merged = o
     else:
-        merged = torch.lerp(out[part.rows].float(), o.float(), share).to(out.dtype)
+        earlier = out.index_select(0, part.rows).float()
+        merged = torch.lerp(earlier, o.float(), share).to(out.dtype)
     out.index_copy_(0, part.rows, merged)
     lse.index_copy_(0, part.rows, torch.logaddexp(before, part_lse))
 
@@ -197,8 +198,8 @@ def _workers(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-# Threads do not survive a fork.
-os.register_at_fork(after_in_child=_workers.cache_clear)
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork; Windows has none
+    os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
 def _phases(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> Iterator[list[_Part]]:
