@@ -249,27 +249,28 @@ class Evidence:
     def minus_control(self, records: Iterable[Record], control: str) -> Array | None:
         """Return ``[draws, items]`` differences method minus control, over all given cells.
 
-        Only draws that every cell has are kept; None if a cell has no control at all.
+        A control may have seen fewer items than the method: the shared ones count. Only draws
+        that every cell has in full are kept; None if a cell has no control at all.
         """
         cells = []
         for record in records:
             by_draw: dict[int, Array] = {}
             for other in self.controls_of(record, control):
                 pair = paired_scores(record, other)
-                if pair is not None and pair[0].size == len(other["items"]["keys"]):
+                if pair is not None:
                     by_draw[draw_of(other)] = pair[0] - pair[1]
             if not by_draw:
                 return None
-            cells.append(by_draw)
+            most = max(delta.size for delta in by_draw.values())
+            cells.append({draw: d for draw, d in by_draw.items() if d.size == most})
         draws = sorted(set.intersection(*map(set, cells))) if cells else []
         if not draws:
             return None
-        stacked = [np.concatenate([cell[draw] for cell in cells]) for draw in draws]
-        return np.stack(stacked) if len({row.size for row in stacked}) == 1 else None
+        return np.stack([np.concatenate([cell[draw] for cell in cells]) for draw in draws])
 
 
 def _size(record: Record) -> int:
-    return len((record.get("items") or {}).get("keys") or ()) if is_ok(record) else 0
+    return len((record.get("items") or {}).get("keys") or [])
 
 
 def _scored(record: Record) -> bool:

@@ -108,7 +108,7 @@ _SUMMARY = (
     Column("p", "p", tables.p_value),
     Column("sees", "sees", tables.points),
     Column("dense fallback", "fallback", tables.percent),
-    Column("tasks", "tasks", numeric=False),
+    Column("tasks x items", "tasks", numeric=False),
 )
 
 
@@ -123,7 +123,7 @@ def _summary(group: Group, records: Evidence, labels: Labels) -> Table:
         "Mean over tasks with its 95 % interval; differences are paired item by item with dense. "
         "Lost and gained count items whose score fell or rose; *sees* is the smallest difference "
         "in points that this many items could have shown. Controls keep as many blocks per head "
-        "and query block as the method does."
+        "and query block as the method does; rows with fewer items are compared on those alone."
     )
     columns = _columns(_SUMMARY, rows)
     return Table(f"{group.measurement}_summary", "Mean over tasks", intro, columns, rows)
@@ -152,10 +152,14 @@ def summary_row(
 
 
 def _tasks(cells: Sequence[Record], good: Sequence[Record]) -> str:
-    """Return ``13``, or ``12 of 13: oom``, with the number of draws of a random control."""
+    """Return ``13 x 100`` (items), or ``12 of 13 x 100: oom``, with the draws of a control."""
     names = {task_of(record) for record in cells}
     whole = names - {task_of(record) for record in cells if not _is_good(record)}
-    text = str(len(names))
+    sizes = sorted({len(record["items"]["keys"]) for record in good})
+    items = (
+        f" x {'-'.join(str(size) for size in (sizes[0], sizes[-1])[: len(sizes)])}" if sizes else ""
+    )
+    text = f"{len(names)}{items}"
     if len(whole) < len(names):
         failed = sorted({str(r["status"]) for r in cells if not _is_good(r)})
         text = f"{len(whole)} of {text}: {', '.join(failed)}"

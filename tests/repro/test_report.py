@@ -194,7 +194,7 @@ def test_the_summary_has_dense_method_and_pooled_controls(body):
         method["difference"]["low"] <= method["difference"]["value"] <= method["difference"]["high"]
     )
     assert control["difference"]["high"] < -20 < method["difference"]["low"]
-    assert control["tasks"] == "4, 3 draws"  # ten draws would be one row, too
+    assert control["tasks"] == "4 x 40, 3 draws"  # ten draws would be one row, too
 
 
 def test_scores_and_differences_are_those_of_the_items(body):
@@ -224,6 +224,20 @@ def test_tasks_are_tested_by_mcnemar_or_bootstrap_and_corrected(body):
         assert row["random"]["value"] < row["dense"]["value"]
 
 
+def test_a_control_with_fewer_items_still_pairs_with_dense():
+    found = campaign(items=40, lengths=(1024,), draws=2)
+    for one in found:
+        if one["cell"]["method"]["config"].get("control") == "random":
+            one["cell"]["measurement"]["options"]["samples"] = 12
+            for name, column in one["items"].items():
+                one["items"][name] = column[:12]
+    made = page.build(Paper("x", "X"), "embedded", found, images=False)
+    control = rows_of(json.loads(made.json()), "ruler_summary")[-1]
+    assert control["tasks"] == "4 x 12, 2 draws"
+    assert control["difference"]["n"] == 2 * 4 * 12
+    assert rows_of(json.loads(made.json()), "ruler_selection")[0]["minus_random"]["n"] == 2 * 4 * 12
+
+
 def test_the_noise_floor_is_dense_against_its_rerun(body):
     rows = rows_of(body, "ruler_noise_floor")
     assert [r["n"] for r in rows] == [160, 160]
@@ -245,7 +259,7 @@ def test_a_failed_task_is_said_beside_the_mean():
     broken.update(status="timeout", items={}, metrics={})
     made = page.build(Paper("xattention", "X"), "embedded", found, images=False)
     rows = rows_of(json.loads(made.json()), "ruler_summary")
-    assert rows[1]["tasks"] == "3 of 4: timeout"
+    assert rows[1]["tasks"] == "3 of 4 x 20: timeout"
     by_task = rows_of(json.loads(made.json()), "ruler_by_task")
     assert by_task[0]["status"] == "timeout" and "score" not in by_task[0]
 

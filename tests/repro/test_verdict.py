@@ -292,6 +292,24 @@ def test_minus_control_pools_draws_and_items():
     assert 40 < found.measured.low < found.measured.high < 70
 
 
+def test_a_control_with_fewer_items_is_compared_on_those():
+    cells = campaign(items=40, draws=3)
+    for one in cells:
+        if one["cell"]["method"]["config"].get("control") == "random":
+            one["cell"]["measurement"]["options"]["samples"] = 12
+            for name, column in one["items"].items():
+                one["items"][name] = column[:12]
+    query = {
+        "measurement": "ruler",
+        "metric": "score",
+        "compare": "minus_control",
+        "options": {"length": 4096},
+    }
+    found = verdict.judge(claim(query, value=0.0, strict=True, unit="points"), Evidence(cells))
+    assert found.measured.n == 3 * 4 * 12
+    assert found.verdict == "reproduced"
+
+
 def test_density_is_in_percent_and_ratios_meet_in_the_geometric_mean():
     cells = Evidence(
         [scored("vt", 4096, [1.0], density=0.4), scored("cwe", 4096, [1.0], density=0.5)]
