@@ -220,6 +220,18 @@ def test_plain_causal_4d_mask_is_read(model):
         torch.testing.assert_close(model(ids, attention_mask=mask).logits, expected)
 
 
+def test_each_4d_mask_is_read_afresh(model):
+    ids = token_ids(1, 12)
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    padded_mask = causal.clone()
+    padded_mask[..., :4] = False
+    recorder = Recorder()
+    with torch.no_grad(), patched_attention(model, recorder):
+        model(ids, attention_mask=causal)
+        model(ids, attention_mask=padded_mask)
+    assert [call.q.shape[2] for call in recorder.calls] == [12, 12, 8, 8]
+
+
 def test_holes_in_a_row_are_refused(model):
     mask = torch.ones(1, 12, dtype=torch.long)
     mask[0, 5] = 0
