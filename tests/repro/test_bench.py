@@ -103,7 +103,9 @@ def test_a_missing_gpu_is_said_in_a_row(fake_kernel, monkeypatch):
 def test_table_at_a_terminal(results):
     screen = io.StringIO()
     console = Console(file=screen, width=200, force_terminal=True)
-    _table.show("fake on cpu", results["rows"], console)
+    # On a busy machine the timing may be stamped as drifting; the table is what is tested.
+    rows = [row | {"status": "ok"} if "speedup" in row else row for row in results["rows"]]
+    _table.show("fake on cpu", rows, console)
     assert "fake on cpu" in screen.getvalue() and "geometric mean" in screen.getvalue()
 
 
