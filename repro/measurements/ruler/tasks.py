@@ -340,7 +340,7 @@ def hotpot_set(
         rows.append(
             {
                 "_id": f"{a}-{b}",
-                "question": f"What is the {relation_2} of the {a} {relation_1}?",
+                "question": f"Look up the {a} {relation_1}. What is its {relation_2}?",
                 "answer": answer,
                 "supporting_facts": [[a, i], [b, j]],
                 "context": context,
@@ -381,7 +381,8 @@ def question_answering(draw: Draw, *, hops: Literal[1, 2], questions: int = 1) -
         for row in rows:
             one, two = (sentence_of[title][i] for title, i in row["supporting_facts"])
             prefix, middle = one.removesuffix(".").rsplit(" ", 1)
-            completion = f" {middle}. {two}"
+            asked_last = row["question"].partition(". ")[2]
+            completion = f" {middle}. {asked_last} {two}"
             asked.append(Query(row["question"], prefix, completion, (row["answer"],)))
     context = "\n".join(f"Document {i}: {text}" for i, text in enumerate(texts, start=1))
     return Problem(_QA_INTRO, context, tuple(asked))

@@ -132,7 +132,7 @@ def _problem(kind: str, rng: random.Random, *, length: int, fill: float, seed: s
     elif task.family == "fwe":
         unit, left = "fwe", length - 50
     else:
-        questions = min(2 * many, 8)
+        questions = min(2 * many, 8) if kind == "qa_1" else 1
         overrides = {"questions": questions}
         unit, left = "qa", length - questions * 36
     units = max(int(fill * max(left, 0) / _UNIT_TOKENS[unit]), task.least_units)

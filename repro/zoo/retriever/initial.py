@@ -1,13 +1,14 @@
 """Build the untrained retriever with heads that already copy, so that a small budget suffices.
 
-The width is cut in four parts of 64: the token itself (with five dimensions for marks), the token before
+The width is cut in four parts of 64: the token itself (with seven dimensions for marks), the token before
 it, a hash of the three tokens before that, and the prediction.
 
 - Layer 0: four heads look 1 to 4 tokens back and fill the second and third part; one marks all that
   comes after the word "Answer".
 - Layer 1: two heads match the last four tokens with what stood before every earlier token and copy
   what followed there; two do so among what was already answered and subtract, so that no answer is
-  named twice; one matches a single token.
+  named twice; one matches a single token; one counts how often the token at hand came up.
+- Layer 2: one head collects the words of high count where a list is answered.
 
 All other weights are random, and training moves all of them. Matching lives in the slowest pairs of
 the rotary embedding, which hardly turn over 4096 tokens, hence the large base: a match counts the
@@ -23,11 +24,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from repro.measurements.ruler import lexicon
+
 PART = 64
 TOKEN, BEFORE, HASH, OUT = (slice(i * PART, (i + 1) * PART) for i in range(4))
-# Dimensions of the first part that token codes leave free: four say which word a token is, one is
-# written by layer 0.
-START, ANSWER, OPENER, COMMA, ANSWERED = range(PART - 5, PART)
+# Dimensions of the first part that token codes leave free: five say what a token is, two are
+# written by layers.
+START, ANSWER, OPENER, LIST, FIRST, COUNT, ANSWERED = range(PART - 7, PART)
+# How large the mark of the first token is after normalisation: that token has nothing else.
+REST = 15.0
 # Reads a code and not the marks beside it.
 CODE = torch.diag((torch.arange(PART) < START).float())
 ROPE_BASE = 1e9
@@ -67,7 +72,8 @@ class Words:
     start: int  # first token of every prompt
     answer: int  # what stands before an answer
     openers: tuple[int, ...]  # after which a key or a value is named
-    comma: int  # after which a word of a list is named
+    lists: tuple[int, ...]  # after which a word of a list is named
+    firsts: tuple[int, ...]  # first syllables of made-up words
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Words:
@@ -77,7 +83,10 @@ class Words:
             (token,) = tokenizer.encode(text)
             return token
 
-        return cls(only("Read"), only("Answer"), (only(" is"), only(" of")), only(","))
+        openers = (only(" is"), only(" of"))
+        lists = (only(","), only(" are"))
+        firsts = tuple(only(f" {syllable}") for syllable in lexicon.FIRST_SYLLABLES)
+        return cls(only("Read"), only("Answer"), openers, lists, firsts)
 
 
 @torch.no_grad()
@@ -90,26 +99,32 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
             parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
     codes = torch.randn(config.vocab_size, PART)
     codes[:, START:] = 0
-    codes = torch.nn.functional.normalize(codes, dim=1)
+    single = _projection()
+    codes *= math.sqrt(len(MATCH) / PART) / (codes @ single.T).norm(dim=1, keepdim=True)
+    # The first token of a text is where heads rest: there they copy nothing.
+    codes[words.start] = 0
     model.model.embed_tokens.weight[:, TOKEN] = 8 * codes
     model.lm_head.weight[:, OUT] = 2 * codes
     for dim, tokens in (
         (START, [words.start]),
         (ANSWER, [words.answer]),
         (OPENER, words.openers),
-        (COMMA, [words.comma]),
+        (LIST, words.lists),
+        (FIRST, words.firsts),
     ):
         model.model.embed_tokens.weight[:, dim] = 0
         model.model.embed_tokens.weight[list(tokens), dim] = 8
-    model.model.embed_tokens.weight[:, ANSWERED] = 0
+    model.model.embed_tokens.weight[:, COUNT : ANSWERED + 1] = 0
     turn = torch.linalg.qr(torch.randn(PART, PART)).Q
-    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    first, second, third = (layer.self_attn for layer in model.model.layers)
     _look_back(first, turn)
     _mark_answers(first)
-    for kv_head, mark, weight in ((0, OPENER, 2.0), (3, COMMA, 4.0)):
+    for kv_head, mark, weight in ((0, OPENER, 2.0), (3, LIST, 5.0)):
         _match_four(second, turn, kv_head=kv_head)
-        _subtract_answered(second, codes[words.start], kv_head=kv_head, mark=mark, weight=weight)
+        _subtract_answered(second, kv_head=kv_head, mark=mark, weight=weight)
     _match_one(second)
+    _count(second, single)
+    _collect(third)
     return model
 
 
@@ -144,7 +159,8 @@ def _clear(attention: Any, *, heads: range, kv_heads: range) -> None:
 def _look_back(attention: Any, turn: torch.Tensor) -> None:
     """Make query heads 0 to 3 copy the tokens 1 to 4 places back."""
     _clear(attention, heads=range(4), kv_heads=range(2))
-    weights = {0: 14.0, 1: 10.0, 2: 8.0, 3: 6.0, 4: 4.0, 5: 4.0, 6: 4.0}
+    # The fast pairs pick the place; the slower ones keep far places out, up to 32,768 tokens away.
+    weights = {0: 14.0, 1: 10.0, 2: 8.0} | {pair: 6.0 for pair in range(3, 11)}
     for kv_head in range(2):
         attention.k_proj.bias[_head(kv_head)][list(weights)] = 1.0
         attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
@@ -170,7 +186,7 @@ def _match_four(attention: Any, turn: torch.Tensor, *, kv_head: int) -> None:
     """Make both query heads of ``kv_head`` match four tokens, and the first copy what followed."""
     heads = range(2 * kv_head, 2 * kv_head + 2)
     _clear(attention, heads=heads, kv_heads=range(kv_head, kv_head + 1))
-    four, sharp = _projection(), 1.3
+    four, sharp = _projection(), 1.4
     for head in heads:
         rows = head * PART + MATCH
         attention.q_proj.weight[rows, TOKEN] = sharp * four @ turn @ CODE
@@ -183,9 +199,7 @@ def _match_four(attention: Any, turn: torch.Tensor, *, kv_head: int) -> None:
     attention.o_proj.weight[OUT, _head(heads[0])] = 1.5 * torch.eye(PART)
 
 
-def _subtract_answered(
-    attention: Any, start: torch.Tensor, *, kv_head: int, mark: int, weight: float
-) -> None:
+def _subtract_answered(attention: Any, *, kv_head: int, mark: int, weight: float) -> None:
     """Make the second query head of ``kv_head`` subtract what was answered, after marked tokens.
 
     It looks only at tokens after the word "Answer"; elsewhere it rests on the first of the text.
@@ -194,12 +208,10 @@ def _subtract_answered(
     # After layer 0 a state has norm 18 and is scaled to 16: marks come at 7.
     rest, answered = SLOW
     attention.q_proj.bias[head * PART + rest] = _root(46.0)
-    attention.k_proj.weight[kv_head * PART + rest, START] = _root(46.0) / 7
+    attention.k_proj.weight[kv_head * PART + rest, START] = _root(46.0) / REST
     attention.q_proj.weight[head * PART + answered, mark] = _root(48.0) / 7
     attention.k_proj.weight[kv_head * PART + answered, ANSWERED] = _root(48.0) / 3.6
     attention.o_proj.weight[OUT, _head(head)] = -weight * torch.eye(PART)
-    # The mark of the first token cancels its code: what rests there copies nothing.
-    attention.v_proj.weight[_head(kv_head), START] = -0.5 * start
 
 
 def _match_one(attention: Any) -> None:
@@ -210,6 +222,36 @@ def _match_one(attention: Any) -> None:
     attention.k_proj.weight[PART + MATCH, BEFORE] = 1.8 * one
     attention.v_proj.weight[_head(1), TOKEN] = 0.5 * CODE
     attention.o_proj.weight[OUT, _head(2)] = 0.6 * torch.eye(PART)
+
+
+def _count(attention: Any, single: torch.Tensor) -> None:
+    """Make query head 4 measure n / (n + 10) for a token that came up for the n-th time."""
+    _clear(attention, heads=range(4, 5), kv_heads=range(2, 3))
+    # All codes are equally long under `single`, so that every match scores about 16.
+    scale = _root(16.0) / (7 * math.sqrt(len(MATCH) / PART))
+    attention.q_proj.weight[4 * PART + MATCH, TOKEN] = scale * single @ CODE
+    attention.k_proj.weight[2 * PART + MATCH, TOKEN] = scale * single @ CODE
+    # The first token of the text counts as ten matches.
+    rest = 16.0 + math.log(10)
+    attention.q_proj.bias[4 * PART + SLOW[0]] = _root(rest)
+    attention.k_proj.weight[2 * PART + SLOW[0], START] = _root(rest) / REST
+    attention.v_proj.bias[2 * PART] = 1.0
+    attention.v_proj.weight[2 * PART, START] = -1 / REST
+    attention.o_proj.weight[COUNT, 4 * PART] = 8.0
+
+
+def _collect(attention: Any) -> None:
+    """Make query head 0 collect first syllables of high count, after marks of a list."""
+    _clear(attention, heads=range(1), kv_heads=range(1))
+    rest, counted = SLOW
+    gain = _root(15.0)
+    attention.q_proj.bias[rest] = gain
+    attention.k_proj.weight[rest, START] = gain / REST
+    attention.q_proj.weight[counted, LIST] = gain / 7
+    attention.k_proj.weight[counted, FIRST] = 1.3 * gain / 7
+    attention.k_proj.weight[counted, COUNT] = 0.7 * gain / 7
+    attention.v_proj.weight[_head(0), TOKEN] = 0.5 * CODE
+    attention.o_proj.weight[OUT, _head(0)] = 10.0 * torch.eye(PART)
 
 
 def _root(score: float) -> float:
