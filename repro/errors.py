@@ -1,10 +1,10 @@
 """Errors that a user can cause or mend: one clear line each, printed without a traceback.
 
-    ReproError                 exit code 1
-    +-- BadInput               exit code 2, one or many faults at once (also a ValueError)
-    +-- MissingResource        weights, data or a package that must be fetched first
-    +-- UnsupportedCombination a combination that is known and not supported (NotImplementedError)
-    +-- MachineFault           the machine: disk full, read-only folder, dead device
+ReproError                 exit code 1
++-- BadInput               exit code 2, one or many faults at once (also a ValueError)
++-- MissingResource        weights, data or a package that must be fetched first
++-- UnsupportedCombination a combination that is known and not supported (NotImplementedError)
++-- MachineFault           the machine: disk full, read-only folder, dead device
 """
 
 from __future__ import annotations

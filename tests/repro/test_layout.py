@@ -23,13 +23,17 @@ def run_python(code: str, *, cwd: Path = ROOT, path: str = "") -> str:
     """Run ``code`` in a fresh interpreter and return its standard output."""
     command = [sys.executable, "-c", code]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": path, "HOME": str(cwd)}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def tracked_files() -> list[str]:
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip("not a git checkout")
     return done.stdout.splitlines()
@@ -57,7 +61,9 @@ def test_every_method_and_kernel_imports_under_repro():
     "module", ["repro", "repro.cli", "repro.manifest", "repro.plan", "repro.methods.xattention"]
 )
 def test_imports_are_light(module):
-    code = f"import {module}, sys, json; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+    code = (
+        f"import {module}, sys, json; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+    )
     assert json.loads(run_python(code)) == []
 
 

@@ -203,7 +203,8 @@ def variable_tracking(draw: Draw, *, chains: int = 1, hops: int = 4, questions: 
     rng = draw.rng("chains")
     source = Source(rng, draw.split)
     sentences = list(itertools.islice(itertools.cycle(lexicon.REPEATED), draw.units))
-    placed, asked = [], []
+    placed: list[tuple[int, str]] = []
+    asked = []
     for _ in range(chains):
         names, value = source.words(hops + 1), source.number(5)
         steps = [f"Put {a} into {b}." for a, b in itertools.pairwise([value, *names])]

@@ -74,6 +74,7 @@ class Words:
     openers: tuple[int, ...]  # after which a key or a value is named
     lists: tuple[int, ...]  # after which a word of a list is named
     firsts: tuple[int, ...]  # first syllables of made-up words
+    the: int  # begins the second sentence of an answer
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Words:
@@ -86,7 +87,7 @@ class Words:
         openers = (only(" is"), only(" of"))
         lists = (only(","), only(" are"))
         firsts = tuple(only(f" {syllable}") for syllable in lexicon.FIRST_SYLLABLES)
-        return cls(only("Read"), only("Answer"), openers, lists, firsts)
+        return cls(only("Read"), only("Answer"), openers, lists, firsts, only(" The"))
 
 
 @torch.no_grad()
@@ -252,6 +253,48 @@ def _collect(attention: Any) -> None:
     attention.k_proj.weight[counted, COUNT] = 0.7 * gain / 7
     attention.v_proj.weight[_head(0), TOKEN] = 0.5 * CODE
     attention.o_proj.weight[OUT, _head(0)] = 10.0 * torch.eye(PART)
+
+
+@torch.no_grad()
+def renew_heads(model: Any, words: Words) -> None:
+    """Set two heads anew that the first stages of training leave without a use.
+
+    Query head 7 of layer 1 subtracts all first syllables already answered, where a list is
+    answered: as a match of four tokens it had missed the first word of the list. Query head 2 of
+    layer 2 recalls, at the word "The", the made-up word that was answered after "is".
+    """
+    rest, answered = SLOW
+    attention = model.model.layers[1].self_attn
+    attention.q_proj.weight[_head(7)] = 0
+    attention.q_proj.bias[_head(7)] = 0
+    attention.q_proj.bias[7 * PART + rest] = _root(46.0)
+    attention.q_proj.weight[7 * PART + answered, LIST] = _root(30.0) / 7
+    for dim in SLOW:
+        attention.k_proj.weight[3 * PART + dim] = 0
+        attention.k_proj.bias[3 * PART + dim] = 0
+    attention.k_proj.weight[3 * PART + rest, START] = _root(46.0) / REST
+    attention.k_proj.weight[3 * PART + answered, ANSWERED] = _root(30.0) / 3.6
+    attention.k_proj.weight[3 * PART + answered, FIRST] = _root(30.0) / 7
+    attention.o_proj.weight[:, _head(7)] = 0
+    attention.o_proj.weight[OUT, _head(7)] = -3.0 * torch.eye(PART)
+    attention.o_proj.weight[:, _head(1)] *= 1.3
+
+    attention = model.model.layers[2].self_attn
+    codes = torch.nn.functional.normalize(model.model.embed_tokens.weight[:, TOKEN] @ CODE, dim=1)
+    _clear(attention, heads=range(2, 4), kv_heads=range(1, 2))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        projection = getattr(attention, name)
+        head = 2 if name == "q_proj" else 1
+        projection.weight[_head(head)] = 0
+        projection.bias[_head(head)] = 0
+    attention.q_proj.bias[2 * PART + rest] = _root(45.0)
+    attention.k_proj.weight[PART + rest, START] = _root(45.0) / REST
+    attention.q_proj.weight[2 * PART + answered, TOKEN] = _root(20.0) / 6.5 * codes[words.the]
+    attention.k_proj.weight[PART + answered, ANSWERED] = _root(20.0) / 3.3
+    attention.k_proj.weight[PART + answered, FIRST] = _root(20.0) / 6.5
+    attention.k_proj.weight[PART + answered, BEFORE] = _root(20.0) / 6.5 * codes[words.openers[0]]
+    attention.v_proj.weight[_head(1), TOKEN] = 0.5 * CODE
+    attention.o_proj.weight[OUT, _head(2)] = 3.0 * torch.eye(PART)
 
 
 def _root(score: float) -> float:

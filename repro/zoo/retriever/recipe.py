@@ -22,7 +22,7 @@ from repro import zoo
 from repro.training import Hook, Progress, TrainingConfig, train
 from repro.zoo.retriever.card import CARD_ITEMS, CARD_LENGTHS, measure, write_card
 from repro.zoo.retriever.examples import MIXTURE, Example, make_example
-from repro.zoo.retriever.initial import Words, initial_model, retriever_config
+from repro.zoo.retriever.initial import Words, initial_model, renew_heads, retriever_config
 from repro.zoo.retriever.tokenizer import build_tokenizer
 
 VOCAB_SIZE = 1536
@@ -44,6 +44,7 @@ class Stage:
         learning_rate: Peak rate.
         decay_steps: Steps of linear fall to 0 at the end.
         focus: Kinds of examples that come up five times as often as in the plain mixture.
+        renew: Set the heads anew that earlier stages left without a use.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Stage:
     learning_rate: float
     decay_steps: int = 0
     focus: tuple[str, ...] = ()
+    renew: bool = False
 
     def mixture(self) -> dict[str, int]:
         """Return the weight of each kind of example."""
@@ -75,6 +77,15 @@ STAGES = (
         6e-4,
         decay_steps=200,
         focus=("vt", "qa_2", "cwe", "fwe"),
+    ),
+    Stage(
+        "fourth",
+        220,
+        ((4, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 4), (1, 4096, 4)),
+        4e-4,
+        decay_steps=180,
+        focus=("qa_2", "cwe", "fwe", "niah_multivalue"),
+        renew=True,
     ),
 )
 # The quick recipe's lower bar: the share of right answers over these tasks at 1024 tokens.
@@ -234,6 +245,8 @@ def train_retriever(
     before = 0
     for stage in stages:
         meter = Meter()
+        if stage.renew:
+            renew_heads(model, Words.of(tokenizer))
         train(
             model,
             functools.partial(make_batches, stage, tokenizer=tokenizer, seed=seed),
