@@ -189,9 +189,12 @@ that loses a needle here loses a right answer. It says nothing about language at
 ## How it was made
 `repro zoo train retriever` trains it from structured initial weights: heads of layer 0 that look
 1 to 4 tokens back, heads of layer 1 that match the last tokens with earlier text and copy what
-followed, everything else random (`initial.py` has the details). All weights were then trained on
-{tokens} tokens, in {minutes} minutes of two CPU cores (bfloat16 autocast), in three stages of
-growing length. Rotary embeddings have base 1e9, so that content is matched at any distance.
+followed, heads that subtract what was already answered, one that counts; everything else is random
+(`initial.py` has the details). All weights were then trained on {tokens} tokens, in {minutes}
+minutes of two CPU cores (bfloat16 autocast), in the four stages of `recipe.py`; before the last one
+two heads were set anew by hand. Rotary embeddings have base 1e9, so that content is matched at any
+distance. So its circuits were in good part designed, not found by training: read it as an
+instrument, not as evidence of how models learn to retrieve.
 
 Training and evaluation draw their words, numbers and codes from disjoint halves of the
 vocabularies; evaluation items share no key, value or answer with any training sequence.
