@@ -127,14 +127,16 @@ def _score_table(table: dict[int, dict[str, list[float]]]) -> str:
     lengths = sorted(table)
     lines = ["| task | " + " | ".join(map(str, lengths)) + " |", "|---" * (len(lengths) + 1) + "|"]
     for task in TASKS:
-        cells = [_percent(mean_interval(table[n][task])) for n in lengths]
+        cells = [
+            _percent(mean_interval(table[n][task])) if task in table[n] else "-" for n in lengths
+        ]
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     means = []
     for n in lengths:
         niah = [s for task, s in table[n].items() if TASKS[task].family == "niah"]
-        means.append(_percent(stratified_mean(niah)))
+        means.append(_percent(stratified_mean(niah)) if len(niah) == 8 else "-")
     lines.append("| mean of NIAH | " + " | ".join(means) + " |")
-    counts = [str(len(table[n]["vt"])) for n in lengths]
+    counts = [str(min(map(len, table[n].values()))) for n in lengths]
     lines.append("| items a task | " + " | ".join(counts) + " |")
     return "\n".join(lines)
 
@@ -142,6 +144,10 @@ def _score_table(table: dict[int, dict[str, list[float]]]) -> str:
 def _bar_lines(table: dict[int, dict[str, list[float]]]) -> str:
     lines = []
     for length in sorted(table):
+        missing = len(TASKS) - len(table[length])
+        if missing:
+            lines.append(f"- {length} tokens: not judged, {missing} tasks are not measured yet")
+            continue
         short = meets_bar(table[length])
         lines.append(f"- {length} tokens: " + (f"short in {'; '.join(short)}" if short else "met"))
     return "\n".join(lines)
