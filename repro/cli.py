@@ -189,9 +189,13 @@ def bench(
     console = Console(stderr=as_json)
     if device == "auto":  # a device that is asked for and absent gets rows that say so
         device = resolve_device(device)
-    measured = benches.run(list(names or []), device=device, quick=quick, console=console)
-    if record and (written := benches.write_records(measured, Path(results) / "kernels")):
-        console.print(f"rows kept in {written}", markup=False, highlight=False, soft_wrap=True)
+    kept = Path(results) / "kernels" if record else None
+    measured = benches.run(
+        list(names or []), device=device, quick=quick, console=console, record=kept
+    )
+    if kept is not None:
+        line = f"rows kept below {kept}; `repro report` shows them"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     _emit(measured, as_json, lambda: None)
 
 

@@ -13,7 +13,8 @@
 An entry is a name or ``{name: {options}}``. ``sweep`` is the only place where a list means a grid.
 ``dense`` is added where it is missing; its ``reruns`` repeat the dense cells as the noise floor.
 A method's ``only: {ruler: {samples: 20}}`` keeps it to some measurements, with other options there:
-a control of many draws need not run everywhere, nor on every item.
+a control of many draws need not run everywhere, nor on every item. For ``dense``, with which every
+method is compared, it limits the reruns alone.
 """
 
 from __future__ import annotations

@@ -214,14 +214,12 @@ class _Planner:
                     self.skipped.append(f"{entry.name} on {subject} ({info.kind})")
                     continue
                 paired = measurement.paired
-                for options, methods in _cells_in_order(entry, self.profile.methods):
+                for options, runs in _cells_in_order(entry, self.profile.methods):
                     for seed in self.profile.seeds:
-                        for method in methods:
-                            if method.slug != registry.DENSE:
-                                yield self._cell(info, method, entry, options, seed, 0)
-                            elif not paired:  # a paired measurement runs dense itself
-                                for repeat in range(method.reruns + 1):
-                                    yield self._cell(info, method, entry, options, seed, repeat)
+                        for method, repeat in runs:
+                            # A paired measurement runs dense itself.
+                            if not (paired and method.slug == registry.DENSE):
+                                yield self._cell(info, method, entry, options, seed, repeat)
 
     def _cell(
         self,
@@ -302,15 +300,17 @@ class _Planner:
 
 def _cells_in_order(
     entry: MeasurementEntry, methods: Iterable[MethodEntry]
-) -> list[tuple[dict[str, Any], list[MethodEntry]]]:
-    """Return the cells of a measurement with the methods that run them.
+) -> list[tuple[dict[str, Any], list[tuple[MethodEntry, int]]]]:
+    """Return the cells of a measurement with the methods that run them, and which repeat it is.
 
     Short cells come first: after one that ran out of memory the longer ones are implied.
     """
-    found: dict[str, tuple[dict[str, Any], list[MethodEntry]]] = {}
+    found: dict[str, tuple[dict[str, Any], list[tuple[MethodEntry, int]]]] = {}
     for method in methods:
-        for options in entry.cells_of(method):
-            found.setdefault(canonical_json(options), (options, []))[1].append(method)
+        for repeat in range(method.reruns + 1):
+            for options in entry.cells_of(method, repeat):
+                runs = found.setdefault(canonical_json(options), (options, []))[1]
+                runs.append((method, repeat))
     return sorted(found.values(), key=lambda pair: pair[0].get("length") or 0)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from repro import registry
 from repro.errors import BadInput, Fault, near_matches
 from repro.subjects import SubjectInfo
 
@@ -48,7 +49,8 @@ class MeasurementEntry:
     """One measurement with its options and the cells that they expand to.
 
     Attributes:
-        restricted: Index of a method entry with ``only`` -> the cells that it runs instead.
+        restricted: Index of a method entry with ``only`` -> the cells that it runs instead. Dense
+            runs all cells, since every method is compared with it: there it limits the reruns.
     """
 
     name: str
@@ -56,8 +58,10 @@ class MeasurementEntry:
     cells: tuple[dict[str, Any], ...]
     restricted: Mapping[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
-    def cells_of(self, method: MethodEntry) -> tuple[dict[str, Any], ...]:
-        """Return the cells that a method runs."""
+    def cells_of(self, method: MethodEntry, repeat: int = 0) -> tuple[dict[str, Any], ...]:
+        """Return the cells that a method runs, the first time or as a rerun."""
+        if method.slug == registry.DENSE and not repeat:
+            return self.cells
         return self.restricted.get(method.index, self.cells)
 
 

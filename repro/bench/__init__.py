@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,16 @@ def run(
     device: str = "cpu",
     quick: bool = False,
     console: Any = None,
+    record: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Run benches, print a table for each, and return everything, JSON-able.
+    """Run benches, print a line per case and a table for each, and return everything, JSON-able.
 
     Args:
         chosen: Names; none means every kernel.
         device: ``cpu`` or ``cuda``; without a CUDA device its cases are listed as not run.
         quick: Fewer and smaller cases, shorter timing.
         console: Rich console to print to, or None.
+        record: Folder that keeps the rows of each case once it is measured, see ``write_records``.
 
     Returns:
         ``environment``, ``quick``, ``rows`` (one per kernel case x implementation) and
@@ -71,28 +74,30 @@ def run(
     """
     _check(chosen, device)
     from repro import environment
+    from repro.bench import _table
 
     environment.set_threads()
-    rows: list[dict[str, Any]] = []
-    benches: dict[str, Any] = {}
-    for name in chosen or kernel_names():
-        if name in kernel_names():
-            rows += _run_kernel(name, device, quick, console)
-        else:
-            module = importlib.import_module(f"repro.bench.{name}")
-            benches[name] = module.run(quick=quick, console=console)
     here = environment.capture(device if _has(device) else "cpu")
-    stamp = {
-        "environment_id": here["environment_id"],
-        "quick": quick,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    return {
-        "environment": here,
-        "quick": quick,
-        "rows": [row | stamp for row in rows],
-        "benches": benches,
-    }
+    result: dict[str, Any] = {"environment": here, "quick": quick, "rows": [], "benches": {}}
+    for name in chosen or kernel_names():
+        if name not in kernel_names():
+            module = importlib.import_module(f"repro.bench.{name}")
+            result["benches"][name] = module.run(quick=quick, console=console)
+            continue
+        shown = []
+        for rows in _run_kernel(name, device, quick, console):
+            stamp = {
+                "environment_id": here["environment_id"],
+                "quick": quick,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            stamped = [row | stamp for row in rows]
+            shown += stamped
+            if record is not None:
+                write_records({"environment": here, "rows": stamped}, record)
+        _table.show(f"{name} on {device}", shown, console)
+        result["rows"] += shown
+    return result
 
 
 def write_records(results: Mapping[str, Any], path: str | Path = "results/kernels") -> Path | None:
@@ -142,18 +147,24 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _run_kernel(name: str, device: str, quick: bool, console: Any) -> list[dict[str, Any]]:
-    from repro.bench import _run, _table
+def _run_kernel(
+    name: str, device: str, quick: bool, console: Any
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of each case."""
+    from repro.bench import _run
 
     suite = importlib.import_module(f"repro.kernels.{name}.bench").SUITE
-    if _has(device):
-        import torch
+    if not _has(device):
+        yield _run.rows_without_device(suite, device, quick, "needs a CUDA device")
+        return
+    import torch
 
-        rows = list(_run.run_suite(suite, torch.device(device), quick=quick))
-    else:
-        rows = _run.rows_without_device(suite, device, quick, "needs a CUDA device")
-    _table.show(f"{name} on {device}", rows, console)
-    return rows
+    total = len(list(suite.cases(device, quick)))
+    rows = _run.run_suite(suite, torch.device(device), quick=quick)
+    for number, (case, group) in enumerate(itertools.groupby(rows, lambda row: row["case"]), 1):
+        yield list(group)
+        if console is not None:
+            console.print(f"{name}: {number} of {total} measured, {case}", highlight=False)
 
 
 def _has(device: str) -> bool:

@@ -185,3 +185,18 @@ def test_a_restricted_method_has_its_own_cells_and_no_dense_ones(plugins, write_
         "toy:a | fake stride=8 | noop ok@256 items=2",
         "toy:a | fake | paired@128",
     ]
+
+
+def test_only_of_dense_limits_its_reruns_and_not_the_baseline(plugins, write_manifest):
+    path = write_manifest(
+        methods="[{dense: {reruns: 1, only: {noop: {lengths: [256], items: 2}}}}, fake]",
+        measurements="[{noop: {lengths: [128, 256]}}]",
+    )
+    labels = [cell.label for cell in plan_of(path).cells]
+    assert labels == [
+        "toy:a | dense | noop ok@128 items=4",
+        "toy:a | fake | noop ok@128 items=4",
+        "toy:a | dense | noop ok@256 items=4",
+        "toy:a | fake | noop ok@256 items=4",
+        "toy:a | dense rerun 1 | noop ok@256 items=2",
+    ]
