@@ -270,10 +270,8 @@ def _give_back() -> None:
 
 def estimate_seconds(options: Mapping[str, Any], info: SubjectInfo) -> float:
     """Return rough seconds on 2 CPU cores."""
-    tokens = float(options["length"]) * options["batch"]
-    gigaflops = 2e-9 * tokens * (info.parameters or 10_000_000)
-    gigaflops += 2e-9 * tokens * options["length"] * 2048
-    return 2.0 + 2 * (options["repeats"] + 1) * gigaflops / 500
+    once = options["batch"] * info.prefill_seconds(options["length"])
+    return 2.0 + 2 * (options["repeats"] + 1) * once
 
 
 MEASUREMENT = Measurement(

@@ -168,11 +168,10 @@ def _metrics(losses: list[float]) -> dict[str, dict[str, Any]]:
 
 
 def estimate_seconds(options: Mapping[str, Any], info: SubjectInfo) -> float:
-    """Return rough seconds on two CPU cores: prefills, as RULER's."""
-    size = (info.parameters or 4_000_000) / 4e6
+    """Return rough seconds on two CPU cores."""
     length = int(options["length"])
-    per_window = length * (6e-5 * size + 2.5e-8 * length * max(1.0, size) ** 0.6)
-    return 0.3 + options["documents"] * (1 + length / options["stride"]) * per_window
+    windows = options["documents"] * (1 + length / options["stride"])
+    return 0.3 + windows * info.prefill_seconds(length)
 
 
 MEASUREMENT = Measurement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def train(
     resume: bool = True,
     hooks: Sequence[Hook] = (),
     wrap_optimizer: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] | None = None,
+    rate_factors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Train ``model`` in place; interrupted and resumed, it ends with the same bits.
 
@@ -90,6 +91,8 @@ def train(
         resume: Go on from the checkpoint in ``folder`` if there is one.
         hooks: Called after each step.
         wrap_optimizer: Lets a method put its own optimizer around AdamW.
+        rate_factors: Name of a parameter -> factors in [0, 1] on the rate of its elements, of a
+            shape that broadcasts to it; 1 where a name is absent.
     """
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         _groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas
@@ -101,6 +104,8 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         if resume and (folder / CHECKPOINT).exists():
             first = _load(folder / CHECKPOINT, model, optimizer)
+    parameters = dict(model.named_parameters())
+    factors = {name: f.to(parameters[name].device) for name, f in (rate_factors or {}).items()}
     model.train()
     for step in range(first, config.steps):
         for group in optimizer.param_groups:
@@ -113,7 +118,11 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         if not math.isfinite(total) or not math.isfinite(norm.item()):
             raise RuntimeError(f"train: loss must stay finite, got {total} at step {step}")
+        before = {name: parameters[name].detach().clone() for name in factors}
         optimizer.step()
+        with torch.no_grad():
+            for name, value in before.items():
+                parameters[name].copy_(torch.lerp(value, parameters[name], factors[name]))
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
         due = config.checkpoint_every and done % config.checkpoint_every == 0

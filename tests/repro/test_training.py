@@ -91,6 +91,25 @@ def test_frozen_parameters_stay():
     assert torch.equal(net[0].weight, before)
 
 
+def test_elements_with_a_factor_of_zero_stay():
+    net, before = model(), model().state_dict()
+    rows = torch.ones(16, 1)
+    rows[3] = 0
+    train(
+        net, batches, loss, config(), rate_factors={"0.weight": rows, "2.bias": torch.tensor(0.0)}
+    )
+    same = {name: value == before[name] for name, value in net.state_dict().items()}
+    assert same["0.weight"][3].all() and not same["0.weight"][[0, 1, 2, 4]].any()
+    assert same["2.bias"].all() and not same["0.bias"].any()
+
+
+def test_factors_of_one_change_nothing():
+    one, two = model(), model()
+    train(one, batches, loss, config())
+    train(two, batches, loss, config(), rate_factors={"0.weight": torch.tensor(1.0)})
+    assert torch.equal(one[0].weight, two[0].weight)
+
+
 def test_optimizer_can_be_wrapped():
     used = []
 

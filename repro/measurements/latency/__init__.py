@@ -104,12 +104,10 @@ def run(context: CellContext) -> dict[str, Any]:
 
 def estimate_seconds(options: Mapping[str, Any], info: SubjectInfo) -> float:
     """Return rough seconds on 2 CPU cores: 25 calls of each arm, or the asked work if longer."""
-    tokens = float(options["length"]) * options["batch"]
-    gigaflops = 2e-9 * tokens * (info.parameters or 10_000_000)
-    gigaflops += 2e-9 * tokens * options["length"] * 2048
+    once = options["batch"] * info.prefill_seconds(options["length"])
     if options["phase"] == "attention":
-        gigaflops /= 4
-    return 5.0 + max(1.5 * options["min_seconds"], 50 * gigaflops / 500)
+        once /= 4
+    return 5.0 + max(1.5 * options["min_seconds"], 50 * once)
 
 
 def positions(options: Mapping[str, Any]) -> int:

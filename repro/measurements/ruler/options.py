@@ -95,15 +95,10 @@ def expand(options: RulerOptions) -> list[dict[str, Any]]:
 
 
 def estimate_seconds(options: Mapping[str, Any], info: SubjectInfo) -> float:
-    """Return rough seconds of one cell on two CPU cores, from tokens and parameters.
-
-    Prefill grows with parameters and, through attention, with the square of the length; decoding
-    costs a step per new token and batch. Fitted to the retriever (4 M parameters, bfloat16).
-    """
+    """Return rough seconds of one cell on two CPU cores: prefills, and a step per new token."""
     size = (info.parameters or 4_000_000) / 4e6
-    length, samples = int(options["length"]), int(options["samples"])
-    prefill = length * (5e-5 * size + 2.5e-8 * length * max(1.0, size) ** 0.6)
+    samples = int(options["samples"])
     batches = -(-samples // int(options["batch_size"]))
     # Most answers end well before their limit.
     decoding = batches * 0.006 * max(1.0, size) * 0.25 * int(options["max_new_tokens"])
-    return 0.3 + samples * prefill + decoding
+    return 0.3 + samples * info.prefill_seconds(int(options["length"])) + decoding

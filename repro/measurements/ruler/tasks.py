@@ -2,8 +2,9 @@
 
 Each task turns a seeded source of words and a number of haystack units into a ``Problem``: a
 context and one or more queries about it. An evaluation item asks the first query only; training
-may ask them all. Two deviations from the official prompts: the variable-tracking and common-words
-tasks carry no worked example, and the common-words list is separated by commas, not numbered.
+may ask them all. Deviations from the official prompts: the variable-tracking and common-words tasks
+carry no worked example, the common-words list is separated by commas and not numbered, and a two-hop
+question names the first hop word for word.
 
 Source: arXiv:2404.06654, section 3 and appendix B.
 """
