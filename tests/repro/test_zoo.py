@@ -161,6 +161,15 @@ def test_untrained_heads_already_copy(untrained, tokenizer):
     assert sum(hits) > len(hits) / 2
 
 
+def test_untrained_heads_already_count(untrained, tokenizer):
+    """The structured start names common words, one after the other, of a list of 4096 tokens."""
+    example = make_example("cwe", length=4096, seed="1", tokenizer=tokenizer)
+    with torch.no_grad():
+        logits = untrained(input_ids=torch.from_numpy(example.ids)[None]).logits[0]
+    hits = [logits[at - 1].argmax().item() in tokens for at, tokens in example.choices.items()]
+    assert len(hits) == 10 and sum(hits) > 5
+
+
 def test_retriever_finds_needles(retriever, tokenizer):
     scores = ruler_scores(
         retriever.model,

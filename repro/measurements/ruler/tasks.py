@@ -178,10 +178,12 @@ def _niah_query(
         listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"
         question = f"What are all the secret {kind}s of {listed}?"
     answers = tuple(v for _, v in pairs)
-    if len(group) == 1:
-        # Any order of the values of one key is right; a fixed one would be a hidden extra task.
-        rng.shuffle(pairs)
-    first, *rest = pairs
+    # Any order is right, and a fixed one would be a hidden extra task; but the start of the answer,
+    # which is given, names the first of several keys.
+    given = [] if len(group) == 1 else pairs[:1]
+    others = pairs[len(given) :]
+    rng.shuffle(others)
+    first, *rest = given + others
     completion = " ".join([f" {first[1]}.", *(_needle(k, kind, v) for k, v in rest)])
     prefix = f"The secret {kind} of {first[0]} is"
     return Query(question, prefix, completion, answers, depth, tuple(names))

@@ -194,13 +194,13 @@ that loses a needle here loses a right answer. It says nothing about language at
 
 ## How it was made
 `repro zoo train retriever` trains it from structured initial weights: heads of layer 0 that look
-1 to 4 tokens back, heads of layer 1 that match the last tokens with earlier text and copy what
-followed, heads that subtract what was already answered, one that counts; everything else is random
-(`initial.py` has the details). All weights were then trained on {tokens} tokens, in {minutes}
-minutes of two CPU cores (bfloat16 autocast), in the four stages of `recipe.py`; before the last one
-two heads were set anew by hand. Rotary embeddings have base 1e9, so that content is matched at any
-distance. So its circuits were in good part designed, not found by training: read it as an
-instrument, not as evidence of how models learn to retrieve.
+1 to 6 tokens back, heads of layer 1 that match the last tokens with earlier text and copy what
+followed, heads that pass over what was already answered, heads that count; everything else is
+random (`initial.py` has the details). All weights were then trained on {tokens} tokens, in {minutes}
+minutes of two CPU cores (bfloat16 autocast), in the stages of `recipe.py`; the heads that had a use
+from the start learned at a tenth of the rate. Rotary embeddings have base 1e12, so that content is
+matched at any distance. So its circuits were in good part designed, not found by training: read it
+as an instrument, not as evidence of how models learn to retrieve.
 
 Training and evaluation draw their words, numbers and codes from disjoint halves of the
 vocabularies; evaluation items share no key, value or answer with any training sequence.
@@ -229,5 +229,6 @@ of the asked value (third), 1024 tokens.
 ## Weaker than one might think
 Answers restate the needle up to the value, questions are literal, and the language is a small
 grammar. Two prompts differ from the official ones: variable tracking and common words come without
-a worked example, and the common-words list is separated by commas.
+a worked example, and the common-words list is separated by commas. Two-hop questions name the first
+hop word for word ("Look up the E R1. What is its R2?"), and their answers state both hops.
 """

@@ -70,7 +70,7 @@ def ruler_scores(
         items = generate_items(
             task, length=length, count=count, seed=seed, tokenizer=tokenizer, split=split
         )
-        found[task] = answer(model, tokenizer, items, batch_size=max(1, 16384 // length))
+        found[task] = answer(model, tokenizer, items, batch_size=max(1, 4096 // length))
     return found
 
 

@@ -27,19 +27,19 @@ _UNIT_TOKENS = {
 MIXTURE = {
     "niah_single_1": 2,
     "niah_single_2": 2,
-    "niah_single_3": 2,
-    "niah_multikey_1": 3,
-    "niah_multikey_2": 6,
-    "niah_multikey_3": 10,
+    "niah_single_3": 4,
+    "niah_multikey_1": 2,
+    "niah_multikey_2": 4,
+    "niah_multikey_3": 8,
     "niah_multivalue": 12,
     "niah_multiquery": 12,
-    "vt": 7,
-    "cwe": 18,
-    "fwe": 12,
-    "qa_1": 3,
+    "vt": 14,
+    "cwe": 24,
+    "fwe": 14,
+    "qa_1": 4,
     "qa_2": 14,
     "prose": 3,
-    "skill": 3,
+    "skill": 8,
 }
 
 # Tasks whose answers (several queries: whose keys) may come in any order.
@@ -117,16 +117,13 @@ def _problem(kind: str, rng: random.Random, *, length: int, fill: float, seed: s
         asked_keys = task.settings.get("queries", 1)
         keys = questions * asked_keys if kind != "niah_multikey_1" else max(questions, 4)
         overrides = {"keys": keys, "questions": questions}
-        if kind == "niah_multivalue":
-            overrides["values"] = rng.choice([2, 3, 4, 4, 4])
-        if kind == "niah_multiquery":
-            overrides |= {"queries": rng.choice([2, 3, 4, 4, 4])}
         unit = "code" if task.settings.get("key") == "code" else task.settings["haystack"]
         left = length - questions * cost
     elif task.family == "vt":
-        questions = min(max(1, length // 200), 6)
-        overrides = {"chains": questions, "questions": questions}
-        unit, left = "vt", length - questions * 100
+        # More chains than the task has, and one question as there: an answer's length tells its end.
+        chains = min(max(1, length // 200), 6)
+        overrides = {"chains": chains}
+        unit, left = "vt", length - chains * 60
     elif task.family == "cwe":
         return _common_words(rng, length=length, fill=fill, seed=seed)
     elif task.family == "fwe":

@@ -1,14 +1,17 @@
 """Build the untrained retriever with heads that already copy, so that a small budget suffices.
 
 The width is cut in four parts of 64: the token itself (with seven dimensions for marks), the token before
-it, a hash of the three tokens before that, and the prediction.
+it, a hash of the five tokens before that, and the prediction.
 
-- Layer 0: four heads look 1 to 4 tokens back and fill the second and third part; one marks all that
+- Layer 0: six heads look 1 to 6 tokens back and fill the second and third part; one marks all that
   comes after the word "Answer".
-- Layer 1: two heads match the last four tokens with what stood before every earlier token and copy
-  what followed there; two do so among what was already answered and subtract, so that no answer is
-  named twice; one matches a single token; one counts how often the token at hand came up.
-- Layer 2: one head collects the words of high count where a list is answered.
+- Layer 1: two heads match the last tokens with what stood before every earlier token and copy what
+  followed there; one does so among what was already answered and subtracts, so that no answer is
+  named twice; one subtracts all words already answered where a list is answered; one matches a
+  single token; two count how often the last two tokens came up; one measures how long the answer is.
+- Layer 2: one head collects the words of high count where a list is answered; one recalls the word
+  just answered where a second question builds on it; two repeat what was just named or asked for; one
+  goes on where a question asks for several things; one names the later keys of a question.
 
 All other weights are random, and training moves all of them. Matching lives in the slowest pairs of
 the rotary embedding, which hardly turn over 4096 tokens, hence the large base: a match counts the
@@ -31,18 +34,37 @@ TOKEN, BEFORE, HASH, OUT = (slice(i * PART, (i + 1) * PART) for i in range(4))
 # Dimensions of the first part that token codes leave free: five say what a token is, two are
 # written by layers.
 START, ANSWER, OPENER, LIST, FIRST, COUNT, ANSWERED = range(PART - 7, PART)
-# How large the mark of the first token is after normalisation: that token has nothing else.
-REST = 15.0
+# How large the mark of the first token is in normalised states: that token has nothing else.
+REST = 16.0
 # Reads a code and not the marks beside it.
 CODE = torch.diag((torch.arange(PART) < START).float())
-ROPE_BASE = 1e9
+ROPE_BASE = 1e12
 # Rotary pairs below this index turn fast enough to tell positions apart; the others match content.
-FIRST_SLOW_PAIR = 14
+FIRST_SLOW_PAIR = 11
+# How large a token's code and its marks are.
+CODE_NORM, MARK = 8.0, 4.0
+# How far layer 0 looks back, and how much each place counts: the last two only break ties.
+PLACES = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 0.7, 6: 0.7}
+# How large the tokens 2 to 6 places back are beside the others. Their sum differs in norm from place
+# to place, and with it every score, so it is kept small; matching reads it that much larger.
+HASH_WEIGHT = 0.4
+# Attention reads states scaled to norm 16: how large codes and marks are after layer 0.
+SIZE = 16 / math.sqrt(2 + HASH_WEIGHT**2 * sum(weight**2 for weight in list(PLACES.values())[1:]))
+MARK_SIZE = SIZE * MARK / CODE_NORM
+# Scores by which the fast pairs pick a place; the slower ones keep far places out, up to 32,768 away.
+PLACE_SCORES = {0: 14.0, 1: 10.0, 2: 8.0} | {pair: 6.0 for pair in range(3, FIRST_SLOW_PAIR)}
+# What a match of one token is worth: its score is about SHARP**2 / 13.
+SHARP = 9.8
 # Two of the slow dimensions carry marks; the others match contents.
 SLOW = (PART // 2 - 1, PART - 1)
 MATCH = torch.cat(
     [torch.arange(FIRST_SLOW_PAIR, SLOW[0]), torch.arange(FIRST_SLOW_PAIR + PART // 2, SLOW[1])]
 )
+
+# Two halves of the rows of MATCH that hold different contents; rotation mixes within a half only.
+HALVES = [
+    torch.cat([part, part + len(MATCH) // 2]) for part in torch.arange(len(MATCH) // 2).chunk(2)
+]
 
 
 def retriever_config(vocab_size: int, *, end: int, pad: int) -> LlamaConfig:
@@ -71,10 +93,17 @@ class Words:
 
     start: int  # first token of every prompt
     answer: int  # what stands before an answer
-    openers: tuple[int, ...]  # after which a key or a value is named
+    openers: tuple[int, ...]  # " is" and " of", after which a value or a key is named
     lists: tuple[int, ...]  # after which a word of a list is named
     firsts: tuple[int, ...]  # first syllables of made-up words
+    lasts: tuple[int, ...]  # last syllables of made-up words
     the: int  # begins the second sentence of an answer
+    put: int  # what the word just named is repeated after
+    question: int  # ends a question
+    period: int  # ends a sentence
+    all: int  # stands in questions whose answer has several sentences
+    separators: tuple[int, ...]  # what stands before the second and later keys of a question
+    end: int  # ends an answer
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Words:
@@ -87,7 +116,22 @@ class Words:
         openers = (only(" is"), only(" of"))
         lists = (only(","), only(" are"))
         firsts = tuple(only(f" {syllable}") for syllable in lexicon.FIRST_SYLLABLES)
-        return cls(only("Read"), only("Answer"), openers, lists, firsts, only(" The"))
+        lasts = tuple(only(syllable) for syllable in lexicon.LAST_SYLLABLES)
+        return cls(
+            start=only("Read"),
+            answer=only("Answer"),
+            openers=openers,
+            lists=lists,
+            firsts=firsts,
+            lasts=lasts,
+            the=only(" The"),
+            put=only(" Put"),
+            question=only("?"),
+            period=only("."),
+            all=only(" all"),
+            separators=(only(","), only(" and")),
+            end=tokenizer.eos_token_id,
+        )
 
 
 @torch.no_grad()
@@ -98,13 +142,16 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
     for name, parameter in model.named_parameters():
         if "down_proj" in name or "o_proj.weight" in name:
             parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
-    codes = torch.randn(config.vocab_size, PART)
-    codes[:, START:] = 0
-    single = _projection()
-    codes *= math.sqrt(len(MATCH) / PART) / (codes @ single.T).norm(dim=1, keepdim=True)
+    codes, single = _codes(config.vocab_size)
+    turn = torch.linalg.qr(torch.randn(PART, PART)).Q
+    # Layer 2 reads what is written over the tokens of a list: those are silent to it.
+    over = single @ turn.T @ CODE
+    for token in words.lists:
+        codes[token] -= torch.linalg.pinv(over) @ over @ codes[token]
+        codes[token] /= codes[token].norm()
     # The first token of a text is where heads rest: there they copy nothing.
     codes[words.start] = 0
-    model.model.embed_tokens.weight[:, TOKEN] = 8 * codes
+    model.model.embed_tokens.weight[:, TOKEN] = CODE_NORM * codes
     model.lm_head.weight[:, OUT] = 2 * codes
     for dim, tokens in (
         (START, [words.start]),
@@ -114,19 +161,47 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
         (FIRST, words.firsts),
     ):
         model.model.embed_tokens.weight[:, dim] = 0
-        model.model.embed_tokens.weight[list(tokens), dim] = 8
+        model.model.embed_tokens.weight[list(tokens), dim] = MARK
+    # Large, so that next to nothing else is left of it in normalised states, where many heads rest.
+    model.model.embed_tokens.weight[words.start, START] = 8 * CODE_NORM
+    # One mark tells first syllables from last ones by its sign.
+    model.model.embed_tokens.weight[list(words.lasts), FIRST] = -MARK
     model.model.embed_tokens.weight[:, COUNT : ANSWERED + 1] = 0
-    turn = torch.linalg.qr(torch.randn(PART, PART)).Q
     first, second, third = (layer.self_attn for layer in model.model.layers)
     _look_back(first, turn)
     _mark_answers(first)
-    for kv_head, mark, weight in ((0, OPENER, 2.0), (3, LIST, 5.0)):
-        _match_four(second, turn, kv_head=kv_head)
-        _subtract_answered(second, kv_head=kv_head, mark=mark, weight=weight)
+    for kv_head in (0, 3):
+        _match(second, turn, kv_head=kv_head)
+    _subtract_match(second)
+    _subtract_listed(second, turn)
     _match_one(second)
+    _measure_answer(second)
     _count(second, single)
-    _collect(third)
+    _collect(third, single, turn)
+    _recall(third, codes, words)
+    _repeat(third, codes, words)
+    _repeat_asked(third, codes, turn, words)
+    _go_on(third, codes, words)
+    _name_listed(third, codes, words)
     return model
+
+
+def _codes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random codes of norm 1 and a projection under which all are equally long.
+
+    That also holds for each of the two halves of the projection, see ``HALVES``.
+
+    Returns:
+        Codes ``[count, PART]`` that leave the dimensions of marks free, and the projection
+        ``[len(MATCH), PART]``.
+    """
+    basis = torch.zeros(PART, PART)
+    basis[:START, :START] = torch.linalg.qr(torch.randn(START, START)).Q
+    parts = torch.randn(count, PART) @ basis.T / math.sqrt(START)
+    for half in (*HALVES, torch.arange(len(MATCH), START)):
+        length = parts[:, half].norm(dim=1, keepdim=True)
+        parts[:, half] *= math.sqrt(len(half) / START) / length
+    return parts @ basis, basis[: len(MATCH)]
 
 
 def _frequencies() -> torch.Tensor:
@@ -158,143 +233,250 @@ def _clear(attention: Any, *, heads: range, kv_heads: range) -> None:
 
 
 def _look_back(attention: Any, turn: torch.Tensor) -> None:
-    """Make query heads 0 to 3 copy the tokens 1 to 4 places back."""
-    _clear(attention, heads=range(4), kv_heads=range(2))
-    # The fast pairs pick the place; the slower ones keep far places out, up to 32,768 tokens away.
-    weights = {0: 14.0, 1: 10.0, 2: 8.0} | {pair: 6.0 for pair in range(3, 11)}
-    for kv_head in range(2):
-        attention.k_proj.bias[_head(kv_head)][list(weights)] = 1.0
+    """Make query heads 0 to 3, 6 and 7 copy the tokens 1 to 6 places back."""
+    for kv_head in (0, 1, 3):
+        _clear(
+            attention,
+            heads=range(2 * kv_head, 2 * kv_head + 2),
+            kv_heads=range(kv_head, kv_head + 1),
+        )
+        attention.k_proj.bias[_head(kv_head)][list(PLACE_SCORES)] = 1.0
         attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
-    for head in range(4):
-        attention.q_proj.bias[_head(head)] = _position_bias(weights, offset=head + 1)
-    attention.o_proj.weight[BEFORE, _head(0)] = torch.eye(PART)
-    for head in (1, 2, 3):
-        attention.o_proj.weight[HASH, _head(head)] = torch.linalg.matrix_power(turn, head)
+    for head, (place, weight) in zip((0, 1, 2, 3, 6, 7), PLACES.items(), strict=True):
+        attention.q_proj.bias[_head(head)] = _position_bias(PLACE_SCORES, offset=place)
+        if place == 1:
+            attention.o_proj.weight[BEFORE, _head(head)] = torch.eye(PART)
+        else:
+            turned = torch.linalg.matrix_power(turn, place - 1)
+            attention.o_proj.weight[HASH, _head(head)] = HASH_WEIGHT * weight * turned
 
 
 def _mark_answers(attention: Any) -> None:
     """Make query head 4 set one dimension at every token after the word "Answer"."""
     _clear(attention, heads=range(4, 5), kv_heads=range(2, 3))
-    dim = 2 * PART + SLOW[0]
+    embedded = 16 * MARK / math.hypot(CODE_NORM, MARK)
     attention.q_proj.bias[4 * PART + SLOW[0]] = _root(20.0)
-    # Code and mark together have norm 16 here, so the mark alone is 11.
-    attention.k_proj.weight[dim, ANSWER] = _root(20.0) / 11
-    attention.v_proj.weight[2 * PART, ANSWER] = 1 / 11
-    attention.o_proj.weight[ANSWERED, 4 * PART] = 4.0
+    attention.k_proj.weight[2 * PART + SLOW[0], ANSWER] = _root(20.0) / embedded
+    attention.v_proj.weight[2 * PART, ANSWER] = 1 / embedded
+    attention.o_proj.weight[ANSWERED, 4 * PART] = MARK
 
 
-def _match_four(attention: Any, turn: torch.Tensor, *, kv_head: int) -> None:
-    """Make both query heads of ``kv_head`` match four tokens, and the first copy what followed."""
+def _match(attention: Any, turn: torch.Tensor, *, kv_head: int) -> None:
+    """Make both query heads of ``kv_head`` match six tokens, and the first copy what followed."""
     heads = range(2 * kv_head, 2 * kv_head + 2)
     _clear(attention, heads=heads, kv_heads=range(kv_head, kv_head + 1))
-    four, sharp = _projection(), 1.4
+    projection, sharp = _projection(), SHARP / SIZE
     for head in heads:
-        rows = head * PART + MATCH
-        attention.q_proj.weight[rows, TOKEN] = sharp * four @ turn @ CODE
-        attention.q_proj.weight[rows, BEFORE] = sharp * four @ turn @ turn
-        attention.q_proj.weight[rows, HASH] = sharp * four @ turn @ turn
-    rows = kv_head * PART + MATCH
-    attention.k_proj.weight[rows, BEFORE] = sharp * four @ turn
-    attention.k_proj.weight[rows, HASH] = sharp * four @ turn
+        attention.q_proj.weight[head * PART + MATCH, TOKEN] = sharp * projection @ turn @ CODE
+        attention.q_proj.weight[head * PART + MATCH, BEFORE] = sharp * projection @ turn @ turn
+        attention.q_proj.weight[head * PART + MATCH, HASH] = (
+            sharp / HASH_WEIGHT * projection @ turn @ turn
+        )
+    attention.k_proj.weight[kv_head * PART + MATCH, BEFORE] = sharp * projection @ turn
+    attention.k_proj.weight[kv_head * PART + MATCH, HASH] = sharp / HASH_WEIGHT * projection @ turn
     attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
-    attention.o_proj.weight[OUT, _head(heads[0])] = 1.5 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(heads[0])] = 1.0 * torch.eye(PART)
 
 
-def _subtract_answered(attention: Any, *, kv_head: int, mark: int, weight: float) -> None:
-    """Make the second query head of ``kv_head`` subtract what was answered, after marked tokens.
+def _subtract_match(attention: Any) -> None:
+    """Make query head 1 subtract, after openers, what followed the same tokens in the answer.
 
     It looks only at tokens after the word "Answer"; elsewhere it rests on the first of the text.
     """
-    head = 2 * kv_head + 1
-    # After layer 0 a state has norm 18 and is scaled to 16: marks come at 7.
     rest, answered = SLOW
-    attention.q_proj.bias[head * PART + rest] = _root(46.0)
-    attention.k_proj.weight[kv_head * PART + rest, START] = _root(46.0) / REST
-    attention.q_proj.weight[head * PART + answered, mark] = _root(48.0) / 7
-    attention.k_proj.weight[kv_head * PART + answered, ANSWERED] = _root(48.0) / 3.6
-    attention.o_proj.weight[OUT, _head(head)] = -weight * torch.eye(PART)
+    attention.q_proj.bias[PART + rest] = _root(54.0)
+    attention.k_proj.weight[rest, START] = _root(54.0) / REST
+    attention.q_proj.weight[PART + answered, OPENER] = _root(48.0) / MARK_SIZE
+    attention.k_proj.weight[answered, ANSWERED] = _root(48.0) / MARK_SIZE
+    attention.o_proj.weight[OUT, _head(1)] = -1.3 * torch.eye(PART)
+
+
+def _subtract_listed(attention: Any, turn: torch.Tensor) -> None:
+    """Make query head 7 subtract all first syllables already answered, where a list is answered.
+
+    Resting counts for twenty of them, so that each weighs the same however many there are.
+    """
+    rest, answered = SLOW
+    attention.q_proj.weight[_head(7)] = 0
+    attention.q_proj.bias[7 * PART + rest] = _root(16.0)
+    attention.k_proj.weight[3 * PART + rest, START] = _root(16.0) / REST
+    one = _root(6.0)
+    attention.q_proj.weight[7 * PART + answered, LIST] = one / MARK_SIZE
+    attention.k_proj.weight[3 * PART + answered, ANSWERED] = one / MARK_SIZE
+    attention.k_proj.weight[3 * PART + answered, FIRST] = one / MARK_SIZE
+    both = 2 * 6.0 + math.log(20) - 16.0
+    attention.k_proj.weight[3 * PART + answered, START] = one * both / 6.0 / REST
+    attention.o_proj.weight[OUT, _head(7)] = -5.0 * torch.eye(PART)
+    # Layer 2 reads it beside the token, turned to where the codes of list marks are silent.
+    attention.o_proj.weight[TOKEN, _head(7)] = 20.0 * turn
 
 
 def _match_one(attention: Any) -> None:
     """Make query head 2 match a single token and copy what followed it."""
     _clear(attention, heads=range(2, 3), kv_heads=range(1, 2))
     one = _projection()
-    attention.q_proj.weight[2 * PART + MATCH, TOKEN] = 1.8 * one @ CODE
-    attention.k_proj.weight[PART + MATCH, BEFORE] = 1.8 * one
+    attention.q_proj.weight[2 * PART + MATCH, TOKEN] = 11.8 / SIZE * one @ CODE
+    attention.k_proj.weight[PART + MATCH, BEFORE] = 11.8 / SIZE * one
     attention.v_proj.weight[_head(1), TOKEN] = 0.5 * CODE
-    attention.o_proj.weight[OUT, _head(2)] = 0.6 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(2)] = 0.4 * torch.eye(PART)
+
+
+def _measure_answer(attention: Any) -> None:
+    """Make query head 3 measure m / (m + 40) where the answer has m tokens so far.
+
+    Answers of a task are equally long, so that this tells where they end. The dimension that marks
+    the word "Answer" is written over: it has no use after layer 0.
+    """
+    rest, answered = SLOW
+    attention.q_proj.weight[_head(3)] = 0
+    attention.q_proj.bias[3 * PART + answered] = _root(15.0)
+    attention.k_proj.weight[PART + answered, ANSWERED] = _root(15.0) / MARK_SIZE
+    attention.q_proj.bias[3 * PART + rest] = _root(15.0 + math.log(40))
+    attention.k_proj.weight[PART + rest, START] = _root(15.0 + math.log(40)) / REST
+    # The last dimensions of values are those that codes leave free.
+    attention.v_proj.bias[2 * PART - 1] = 1.0
+    attention.v_proj.weight[2 * PART - 1, START] = -1 / REST
+    attention.o_proj.weight[:, _head(3)] = 0
+    attention.o_proj.weight[ANSWER, 4 * PART - 1] = 16.0
 
 
 def _count(attention: Any, single: torch.Tensor) -> None:
-    """Make query head 4 measure n / (n + 10) for a token that came up for the n-th time."""
-    _clear(attention, heads=range(4, 5), kv_heads=range(2, 3))
-    # All codes are equally long under `single`, so that every match scores about 16.
-    scale = _root(16.0) / (7 * math.sqrt(len(MATCH) / PART))
-    attention.q_proj.weight[4 * PART + MATCH, TOKEN] = scale * single @ CODE
-    attention.k_proj.weight[2 * PART + MATCH, TOKEN] = scale * single @ CODE
-    # The first token of the text counts as ten matches.
-    rest = 16.0 + math.log(10)
-    attention.q_proj.bias[4 * PART + SLOW[0]] = _root(rest)
-    attention.k_proj.weight[2 * PART + SLOW[0], START] = _root(rest) / REST
+    """Make query heads 4 and 5 measure n / (n + 10) and n / (n + 100) where two tokens come up.
+
+    That is for the n-th time together; the first token of the text counts as the 10 and the 100.
+    """
+    _clear(attention, heads=range(4, 6), kv_heads=range(2, 3))
+    # A match of either token scores 5.5.
+    scale = _root(5.5) / (SIZE * math.sqrt(len(HALVES[0]) / START))
+    for part, half in zip((TOKEN, BEFORE), HALVES, strict=True):
+        for head in (4, 5):
+            attention.q_proj.weight[head * PART + MATCH[half], part] = scale * single[half]
+        attention.k_proj.weight[2 * PART + MATCH[half], part] = scale * single[half]
+    attention.k_proj.weight[2 * PART + SLOW[0], START] = 10 / REST
     attention.v_proj.bias[2 * PART] = 1.0
     attention.v_proj.weight[2 * PART, START] = -1 / REST
-    attention.o_proj.weight[COUNT, 4 * PART] = 8.0
+    for head, many in ((4, 10), (5, 100)):
+        attention.q_proj.bias[head * PART + SLOW[0]] = 8 * (11.0 + math.log(many)) / 10
+        attention.o_proj.weight[COUNT, head * PART] = 8.0
 
 
-def _collect(attention: Any) -> None:
-    """Make query head 0 collect first syllables of high count, after marks of a list."""
-    _clear(attention, heads=range(1), kv_heads=range(1))
+def _collect(attention: Any, single: torch.Tensor, turn: torch.Tensor) -> None:
+    """Make query head 0 collect the words of high count, after marks of a list.
+
+    It reads the first syllable at the last one, where the count of the whole word stands, and passes
+    over words that layer 1 subtracts.
+    """
+    _clear(attention, heads=range(2), kv_heads=range(1))
     rest, counted = SLOW
+    attention.q_proj.bias[rest] = _root(25.0)
+    attention.k_proj.weight[rest, START] = _root(25.0) / REST
     gain = _root(15.0)
-    attention.q_proj.bias[rest] = gain
-    attention.k_proj.weight[rest, START] = gain / REST
-    attention.q_proj.weight[counted, LIST] = gain / 7
-    attention.k_proj.weight[counted, FIRST] = 1.3 * gain / 7
-    attention.k_proj.weight[counted, COUNT] = 0.7 * gain / 7
-    attention.v_proj.weight[_head(0), TOKEN] = 0.5 * CODE
+    attention.k_proj.weight[counted, START] = -1.1 * gain / REST
+    attention.q_proj.weight[counted, LIST] = gain / MARK_SIZE
+    attention.k_proj.weight[counted, FIRST] = -1.6 * gain / MARK_SIZE
+    attention.k_proj.weight[counted, COUNT] = 2.5 * gain / SIZE
+    attention.q_proj.weight[MATCH, TOKEN] = -1.8 * single @ turn.T @ CODE
+    attention.k_proj.weight[MATCH, BEFORE] = 1.8 * single @ CODE
+    attention.v_proj.weight[_head(0), BEFORE] = 0.5 * CODE
     attention.o_proj.weight[OUT, _head(0)] = 10.0 * torch.eye(PART)
 
 
-@torch.no_grad()
-def renew_heads(model: Any, words: Words) -> None:
-    """Set two heads anew that the first stages of training leave without a use.
-
-    Query head 7 of layer 1 subtracts all first syllables already answered, where a list is
-    answered: as a match of four tokens it had missed the first word of the list. Query head 2 of
-    layer 2 recalls, at the word "The", the made-up word that was answered after "is".
-    """
-    rest, answered = SLOW
-    attention = model.model.layers[1].self_attn
-    attention.q_proj.weight[_head(7)] = 0
-    attention.q_proj.bias[_head(7)] = 0
-    attention.q_proj.bias[7 * PART + rest] = _root(46.0)
-    attention.q_proj.weight[7 * PART + answered, LIST] = _root(30.0) / 7
-    for dim in SLOW:
-        attention.k_proj.weight[3 * PART + dim] = 0
-        attention.k_proj.bias[3 * PART + dim] = 0
-    attention.k_proj.weight[3 * PART + rest, START] = _root(46.0) / REST
-    attention.k_proj.weight[3 * PART + answered, ANSWERED] = _root(30.0) / 3.6
-    attention.k_proj.weight[3 * PART + answered, FIRST] = _root(30.0) / 7
-    attention.o_proj.weight[:, _head(7)] = 0
-    attention.o_proj.weight[OUT, _head(7)] = -3.0 * torch.eye(PART)
-    attention.o_proj.weight[:, _head(1)] *= 1.3
-
-    attention = model.model.layers[2].self_attn
-    codes = torch.nn.functional.normalize(model.model.embed_tokens.weight[:, TOKEN] @ CODE, dim=1)
+def _recall(attention: Any, codes: torch.Tensor, words: Words) -> None:
+    """Make query head 2 recall, at the word "The", the made-up word that was answered after "is"."""
     _clear(attention, heads=range(2, 4), kv_heads=range(1, 2))
-    for name in ("q_proj", "k_proj", "v_proj"):
-        projection = getattr(attention, name)
-        head = 2 if name == "q_proj" else 1
-        projection.weight[_head(head)] = 0
-        projection.bias[_head(head)] = 0
-    attention.q_proj.bias[2 * PART + rest] = _root(45.0)
-    attention.k_proj.weight[PART + rest, START] = _root(45.0) / REST
-    attention.q_proj.weight[2 * PART + answered, TOKEN] = _root(20.0) / 6.5 * codes[words.the]
-    attention.k_proj.weight[PART + answered, ANSWERED] = _root(20.0) / 3.3
-    attention.k_proj.weight[PART + answered, FIRST] = _root(20.0) / 6.5
-    attention.k_proj.weight[PART + answered, BEFORE] = _root(20.0) / 6.5 * codes[words.openers[0]]
+    rest, answered = SLOW
+    weight = _root(20.0) / SIZE
+    # Layer 1 has added to the states: codes and marks are a fifth smaller than after layer 0.
+    attention.q_proj.bias[2 * PART + rest] = _root(32.0)
+    attention.k_proj.weight[PART + rest, START] = _root(32.0) / REST
+    attention.q_proj.weight[2 * PART + answered, TOKEN] = weight * codes[words.the]
+    attention.k_proj.weight[PART + answered, ANSWERED] = weight * SIZE / MARK_SIZE
+    attention.k_proj.weight[PART + answered, FIRST] = weight * SIZE / MARK_SIZE
+    attention.k_proj.weight[PART + answered, BEFORE] = weight * codes[words.openers[0]]
     attention.v_proj.weight[_head(1), TOKEN] = 0.5 * CODE
-    attention.o_proj.weight[OUT, _head(2)] = 3.0 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(2)] = 2.0 * torch.eye(PART)
+
+
+def _repeat(attention: Any, codes: torch.Tensor, words: Words) -> None:
+    """Make query head 3 repeat, after the word "Put", the word that ended the sentence before."""
+    attention.k_proj.bias[_head(1)][list(PLACE_SCORES)] = 1.0
+    place = _position_bias(PLACE_SCORES, offset=3)
+    # Both syllables stand three places back, seen from "Put" and from the first of them.
+    for part in (TOKEN, BEFORE):
+        attention.q_proj.weight[_head(3), part] = torch.outer(place, codes[words.put]) / SIZE
+    attention.q_proj.bias[3 * PART + SLOW[0]] = 8 * 45.0 / _root(32.0)
+    attention.o_proj.weight[OUT, _head(3)] = 5.0 * torch.eye(PART)
+
+
+def _repeat_asked(attention: Any, codes: torch.Tensor, turn: torch.Tensor, words: Words) -> None:
+    """Make query head 4 repeat what a question asked for, once its answer has named the place.
+
+    That is four places back from the second syllable of "What is its garden? The bornak".
+    """
+    _clear(attention, heads=range(4, 6), kv_heads=range(2, 3))
+    attention.k_proj.bias[_head(2)][list(PLACE_SCORES)] = 1.0
+    attention.k_proj.weight[2 * PART + SLOW[0], START] = _root(45.0) / REST
+    attention.v_proj.weight[_head(2), TOKEN] = 0.5 * CODE
+    place = _position_bias(PLACE_SCORES, offset=4)
+    # The question mark stands three places back.
+    asked = turn @ turn @ codes[words.question] / (HASH_WEIGHT * SIZE)
+    attention.q_proj.weight[_head(4), HASH] = torch.outer(place, asked)
+    attention.q_proj.bias[4 * PART + SLOW[0]] = _root(45.0)
+    attention.o_proj.weight[OUT, _head(4)] = 3.3 * torch.eye(PART)
+
+
+def _go_on(attention: Any, codes: torch.Tensor, words: Words) -> None:
+    """Make query head 5 begin a new sentence where a question asks for "all" of something."""
+    found = SLOW[1]
+    attention.q_proj.bias[5 * PART + SLOW[0]] = 8 * 12.0 / _root(45.0)
+    attention.q_proj.weight[5 * PART + found, TOKEN] = _root(28.0) / SIZE * codes[words.period]
+    attention.k_proj.weight[2 * PART + found, TOKEN] = _root(28.0) / SIZE * codes[words.all]
+    onward = codes[words.the] - codes[words.end]
+    attention.o_proj.weight[OUT, _head(5)] = 0.7 * torch.outer(onward, codes[words.all])
+
+
+def _name_listed(attention: Any, codes: torch.Tensor, words: Words) -> None:
+    """Make query head 6 name the later keys of a question; layer 1 subtracts the answered ones."""
+    _clear(attention, heads=range(6, 7), kv_heads=range(3, 4))
+    rest, listed = SLOW
+    one = _root(10.0)
+    attention.q_proj.bias[6 * PART + rest] = _root(10.0)
+    attention.k_proj.weight[3 * PART + rest, START] = _root(10.0) / REST
+    attention.q_proj.weight[6 * PART + listed, TOKEN] = one / SIZE * codes[words.openers[1]]
+    attention.k_proj.weight[3 * PART + listed, FIRST] = one / MARK_SIZE
+    for separator in words.separators:
+        attention.k_proj.weight[3 * PART + listed, BEFORE] += one / SIZE * codes[separator]
+    attention.v_proj.weight[_head(3), TOKEN] = 0.5 * CODE
+    attention.o_proj.weight[OUT, _head(6)] = 3.0 * torch.eye(PART)
+
+
+# Query heads and key-value heads of each layer that are given a use above.
+_GIVEN = (
+    ((0, 1, 2, 3, 4, 6, 7), (0, 1, 2, 3)),
+    (tuple(range(8)), (0, 1, 2, 3)),
+    ((0, 2, 3, 4, 5, 6), (0, 1, 2, 3)),
+)
+# How fast these heads learn. What they do rests on scores, which count as exponents: at the full
+# rate a hundred steps undid the counting that was there before training.
+SLOW_RATE = 0.1
+
+
+def rate_factors() -> dict[str, torch.Tensor]:
+    """Return factors on the learning rate: small for the heads with a use, and for what they read."""
+    factors = {"model.embed_tokens.weight": torch.tensor(SLOW_RATE)}
+    for index, (heads, kv_heads) in enumerate(_GIVEN):
+        layer = f"model.layers.{index}"
+        factors[f"{layer}.input_layernorm.weight"] = torch.tensor(SLOW_RATE)
+        query, key = torch.ones(8 * PART), torch.ones(4 * PART)
+        for head in heads:
+            query[_head(head)] = SLOW_RATE
+        for kv_head in kv_heads:
+            key[_head(kv_head)] = SLOW_RATE
+        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+            factors[f"{layer}.self_attn.{name}.weight"] = rows[:, None]
+            factors[f"{layer}.self_attn.{name}.bias"] = rows
+        factors[f"{layer}.self_attn.o_proj.weight"] = query[None]
+    return factors
 
 
 def _root(score: float) -> float:

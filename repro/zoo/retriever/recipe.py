@@ -22,7 +22,7 @@ from repro import zoo
 from repro.training import Hook, Progress, TrainingConfig, train
 from repro.zoo.retriever.card import CARD_ITEMS, CARD_LENGTHS, measure, write_card
 from repro.zoo.retriever.examples import MIXTURE, Example, make_example
-from repro.zoo.retriever.initial import Words, initial_model, renew_heads, retriever_config
+from repro.zoo.retriever.initial import Words, initial_model, rate_factors, retriever_config
 from repro.zoo.retriever.tokenizer import build_tokenizer
 
 VOCAB_SIZE = 1536
@@ -43,8 +43,6 @@ class Stage:
         batches: (sequences, tokens each, n): a micro-batch in every n-th step.
         learning_rate: Peak rate.
         decay_steps: Steps of linear fall to 0 at the end.
-        focus: Kinds of examples that come up five times as often as in the plain mixture.
-        renew: Set the heads anew that earlier stages left without a use.
     """
 
     name: str
@@ -52,47 +50,20 @@ class Stage:
     batches: tuple[tuple[int, int, int], ...]
     learning_rate: float
     decay_steps: int = 0
-    focus: tuple[str, ...] = ()
-    renew: bool = False
-
-    def mixture(self) -> dict[str, int]:
-        """Return the weight of each kind of example."""
-        return {kind: n * (5 if kind in self.focus else 1) for kind, n in MIXTURE.items()}
 
 
 # Long sequences come from the first step on: what trained on short ones alone lost its sharpness.
+_LONG = ((4, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 1), (2, 4096, 1))
 STAGES = (
-    Stage("first", 200, ((6, 256, 1), (2, 512, 1), (1, 1024, 2), (1, 2048, 4), (1, 4096, 8)), 5e-4),
-    Stage(
-        "second",
-        350,
-        ((4, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 3), (1, 4096, 4)),
-        5e-4,
-        decay_steps=250,
-    ),
-    Stage(
-        "third",
-        300,
-        ((6, 256, 1), (3, 512, 1), (1, 1024, 2), (1, 2048, 4), (1, 4096, 5)),
-        6e-4,
-        decay_steps=200,
-        focus=("vt", "qa_2", "cwe", "fwe"),
-    ),
-    Stage(
-        "fourth",
-        220,
-        ((4, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 4), (1, 4096, 4)),
-        4e-4,
-        decay_steps=180,
-        focus=("qa_2", "cwe", "fwe", "niah_multivalue"),
-        renew=True,
-    ),
+    Stage("first", 100, ((6, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 2), (1, 4096, 2)), 4e-4),
+    Stage("second", 300, _LONG, 4e-4, decay_steps=220),
+    Stage("third", 200, _LONG, 4e-4, decay_steps=160),
 )
 # The quick recipe's lower bar: the share of right answers over these tasks at 1024 tokens.
 QUICK_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1")
 QUICK_BAR = 0.8
 QUICK_STAGES = (
-    Stage("quick", 150, ((8, 256, 1), (3, 512, 1), (1, 1024, 2), (1, 2048, 8)), 4e-4, 60),
+    Stage("quick", 80, ((8, 256, 1), (3, 512, 1), (1, 1024, 2), (1, 2048, 8)), 4e-4, 40),
 )
 
 
@@ -116,8 +87,7 @@ def make_batches(
     whole = sum(count * length for count, length in due)
     for part, (count, length) in enumerate(due):
         rng = random.Random(f"{seed}/{stage.name}/{step}/{part}")
-        mixture = stage.mixture()
-        kinds = rng.choices(list(mixture), weights=list(mixture.values()), k=count)
+        kinds = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()), k=count)
         examples = []
         for row, kind in enumerate(kinds):
             # The hexadecimal needle haystacks do not fit in the shortest sequences.
@@ -245,8 +215,6 @@ def train_retriever(
     before = 0
     for stage in stages:
         meter = Meter()
-        if stage.renew:
-            renew_heads(model, Words.of(tokenizer))
         train(
             model,
             functools.partial(make_batches, stage, tokenizer=tokenizer, seed=seed),
@@ -260,6 +228,7 @@ def train_retriever(
             folder=folder / stage.name,
             resume=resume,
             hooks=(_logger(folder, stage, meter, say, before, advance),),
+            rate_factors=rate_factors(),
         )
         before += stage.steps
     return model.eval(), tokenizer
