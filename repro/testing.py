@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repro.subjects import Subject
@@ -138,6 +139,7 @@ def cell_context(
     config: Any = None,
     artifact: Any = None,
     seed: int = 0,
+    cache: Path = Path("runs") / "cache",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
     """Build the ``CellContext`` of one cell with its items in memory."""
@@ -151,5 +153,6 @@ def cell_context(
         options=options,
         seed=seed,
         items=MemoryItems(),
+        cache=cache,
         progress=progress,
     )

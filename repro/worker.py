@@ -151,6 +151,7 @@ class Worker:
                 options=measured["options"],
                 seed=cell["seed"],
                 items=items,
+                cache=self.store.root / "cache",
                 progress=progress,
             )
             return dict(measurements.get(measured["name"]).run(context))

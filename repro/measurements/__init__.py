@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from repro.errors import BadInput, Fault, near_matches
@@ -36,7 +37,8 @@ class CellContext:
     """Everything that a measurement may use to run one cell.
 
     ``method`` is None for the dense cell. ``options`` is one dict of ``Measurement.expand``.
-    ``progress(done, total)`` feeds the live display.
+    ``progress(done, total)`` feeds the live display. ``cache`` is a folder for what can be made again,
+    shared by all cells; it may be deleted any time.
     """
 
     subject: Subject
@@ -46,6 +48,7 @@ class CellContext:
     options: Mapping[str, Any]
     seed: int
     items: ItemStore
+    cache: Path
     progress: Callable[[int, int], None]
 
     def patch(self) -> AbstractContextManager[Patch]:

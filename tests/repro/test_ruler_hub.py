@@ -115,9 +115,9 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def load(task, subject, cache_dir, **changes):
+def load(task, subject, cache, **changes):
     options = {"length": LENGTH, "count": 4, "seed": 5, "max_new_tokens": 7} | changes
-    return hub.load(task, tokenizer=subject.tokenizer, cache_dir=cache_dir, **options)
+    return hub.load(task, tokenizer=subject.tokenizer, cache_dir=cache / "ruler", **options)
 
 
 @pytest.mark.parametrize("task", ALL)
@@ -140,12 +140,11 @@ def test_every_task_loads_with_lm_evals_own_settings(task, sources, subject, sha
         assert all(0 <= document["depth"] <= 100 for document in documents)
 
 
-def test_record_through_the_measurement(sources, subject, shared, monkeypatch):
-    monkeypatch.setattr(ruler, "CACHE_DIR", shared)
+def test_record_through_the_measurement(sources, subject, shared):
     options = RulerOptions(
         tasks=["qa_1"], lengths=[LENGTH], samples=3, batch_size=2, source="hub", max_new_tokens=2
     )
-    context = cell_context(subject, expand(options)[0], seed=5)
+    context = cell_context(subject, expand(options)[0], seed=5, cache=shared)
     ruler.run(context)
     _, documents = load("qa_1", subject, shared, count=3)
     # Both references hold the shorter one: the release counts 1, lm-eval a half.

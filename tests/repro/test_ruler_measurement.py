@@ -28,7 +28,7 @@ def subject():
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(ruler, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
 
 
 def cell(task="niah_single_1", **changes):
@@ -177,11 +177,13 @@ def test_seeds_give_other_items(subject):
     assert not keys[0] & keys[1]
 
 
-def test_items_come_from_the_cache_the_second_time(subject, monkeypatch):
-    body = ruler.run(cell_context(subject, cell()))
-    assert list(ruler.CACHE_DIR.iterdir())
+def test_items_come_from_the_cache_of_the_run_the_second_time(subject, monkeypatch, tmp_path):
+    body = ruler.run(cell_context(subject, cell(), cache=tmp_path / "elsewhere"))
+    assert list((tmp_path / "elsewhere" / "ruler").iterdir())
+    assert not (tmp_path / "runs").exists()
     monkeypatch.setattr("repro.measurements.ruler.generate._make", None)
-    assert ruler.run(cell_context(subject, cell()))["items"] == body["items"]
+    context = cell_context(subject, cell(), cache=tmp_path / "elsewhere")
+    assert ruler.run(context)["items"] == body["items"]
 
 
 def test_lm_eval_gives_the_prompt_unchanged(subject, monkeypatch):

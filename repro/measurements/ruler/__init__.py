@@ -8,15 +8,11 @@ batch, and scores are computed from what is stored at every reading.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from repro.errors import UnsupportedCombination
 from repro.measurements import CellContext, Measurement
 from repro.measurements.ruler.options import RulerOptions, estimate_seconds, expand
-
-#: Items are kept here by the hash of all that they depend on; the folder may be deleted any time.
-CACHE_DIR = Path("runs") / "cache" / "ruler"
 
 
 def run(context: CellContext) -> dict[str, Any]:
@@ -62,7 +58,7 @@ def load(context: CellContext) -> tuple[Any, list[dict[str, Any]]]:
         "count": options["samples"],
         "seed": context.seed,
         "tokenizer": tokenizer,
-        "cache_dir": CACHE_DIR,
+        "cache_dir": context.cache / "ruler",
     }
     if options["source"] == "hub":
         from repro.measurements.ruler import hub

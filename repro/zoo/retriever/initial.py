@@ -1,6 +1,6 @@
 """Build the untrained retriever with heads that already copy, so that a small budget suffices.
 
-The width is cut in four parts of 64: the token itself (with seven dimensions for marks), the token before
+The width is cut in four parts of 64: the token itself (with eight dimensions for marks), the token before
 it, a hash of the five tokens before that, and the prediction.
 
 - Layer 0: six heads look 1 to 6 tokens back and fill the second and third part; one marks all that
@@ -31,9 +31,9 @@ from repro.measurements.ruler import lexicon
 
 PART = 64
 TOKEN, BEFORE, HASH, OUT = (slice(i * PART, (i + 1) * PART) for i in range(4))
-# Dimensions of the first part that token codes leave free: five say what a token is, two are
+# Dimensions of the first part that token codes leave free: six say what a token is, two are
 # written by layers.
-START, ANSWER, OPENER, LIST, FIRST, COUNT, ANSWERED = range(PART - 7, PART)
+START, ANSWER, OPENER, LIST, FIRST, SEVERAL, COUNT, ANSWERED = range(PART - 8, PART)
 # How large the mark of the first token is in normalised states: that token has nothing else.
 REST = 16.0
 # Reads a code and not the marks beside it.
@@ -53,6 +53,8 @@ SIZE = 16 / math.sqrt(2 + HASH_WEIGHT**2 * sum(weight**2 for weight in list(PLAC
 MARK_SIZE = SIZE * MARK / CODE_NORM
 # Scores by which the fast pairs pick a place; the slower ones keep far places out, up to 32,768 away.
 PLACE_SCORES = {0: 14.0, 1: 10.0, 2: 8.0} | {pair: 6.0 for pair in range(3, FIRST_SLOW_PAIR)}
+# How much the length of an answer is worth, and the length at which half of that is seen.
+MEASURE, LONG_ANSWER = 60.0, 400
 # What a match of one token is worth: its score is about SHARP**2 / 13.
 SHARP = 9.8
 # Two of the slow dimensions carry marks; the others match contents.
@@ -101,7 +103,9 @@ class Words:
     put: int  # what the word just named is repeated after
     question: int  # ends a question
     period: int  # ends a sentence
-    all: int  # stands in questions whose answer has several sentences
+    # What stands only in questions whose answer has several sentences, what begins the second and
+    # later ones, and how many tokens from the word "Answer" to where the last one begins (about).
+    several: tuple[tuple[int, int, float], ...]
     separators: tuple[int, ...]  # what stands before the second and later keys of a question
     end: int  # ends an answer
 
@@ -128,7 +132,11 @@ class Words:
             put=only(" Put"),
             question=only("?"),
             period=only("."),
-            all=only(" all"),
+            several=(
+                (only(" all"), only(" The"), 44),
+                (only(" hold"), only(" Put"), 36),
+                (only(" Look"), only(" What"), 17),
+            ),
             separators=(only(","), only(" and")),
             end=tokenizer.eos_token_id,
         )
@@ -144,9 +152,9 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
             parameter.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
     codes, single = _codes(config.vocab_size)
     turn = torch.linalg.qr(torch.randn(PART, PART)).Q
-    # Layer 2 reads what is written over the tokens of a list: those are silent to it.
+    # Layer 2 reads what is written over these tokens: they are silent to it.
     over = single @ turn.T @ CODE
-    for token in words.lists:
+    for token in (*words.lists, words.openers[1]):
         codes[token] -= torch.linalg.pinv(over) @ over @ codes[token]
         codes[token] /= codes[token].norm()
     # The first token of a text is where heads rest: there they copy nothing.
@@ -166,6 +174,13 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
     model.model.embed_tokens.weight[words.start, START] = 8 * CODE_NORM
     # One mark tells first syllables from last ones by its sign.
     model.model.embed_tokens.weight[list(words.lasts), FIRST] = -MARK
+    # The same holds for a period, where an answer may go on, and the words that say how far it goes.
+    lengths = [length for _, _, length in words.several]
+    model.model.embed_tokens.weight[:, SEVERAL] = 0
+    model.model.embed_tokens.weight[words.period, SEVERAL] = -MARK
+    for token, _, length in words.several:
+        share = _resting_score(length) / _resting_score(max(lengths))
+        model.model.embed_tokens.weight[token, SEVERAL] = MARK * share
     model.model.embed_tokens.weight[:, COUNT : ANSWERED + 1] = 0
     first, second, third = (layer.self_attn for layer in model.model.layers)
     _look_back(first, turn)
@@ -173,7 +188,7 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
     for kv_head in (0, 3):
         _match(second, turn, kv_head=kv_head)
     _subtract_match(second)
-    _subtract_listed(second, turn)
+    _subtract_listed(second, codes, turn, words)
     _match_one(second)
     _measure_answer(second)
     _count(second, single)
@@ -182,7 +197,7 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
     _repeat(third, codes, words)
     _repeat_asked(third, codes, turn, words)
     _go_on(third, codes, words)
-    _name_listed(third, codes, words)
+    _name_listed(third, codes, single, turn, words)
     return model
 
 
@@ -291,8 +306,8 @@ def _subtract_match(attention: Any) -> None:
     attention.o_proj.weight[OUT, _head(1)] = -1.3 * torch.eye(PART)
 
 
-def _subtract_listed(attention: Any, turn: torch.Tensor) -> None:
-    """Make query head 7 subtract all first syllables already answered, where a list is answered.
+def _subtract_listed(attention: Any, codes: torch.Tensor, turn: torch.Tensor, words: Words) -> None:
+    """Make query head 7 subtract all first syllables already answered, in a list and after "of".
 
     Resting counts for twenty of them, so that each weighs the same however many there are.
     """
@@ -302,11 +317,12 @@ def _subtract_listed(attention: Any, turn: torch.Tensor) -> None:
     attention.k_proj.weight[3 * PART + rest, START] = _root(16.0) / REST
     one = _root(6.0)
     attention.q_proj.weight[7 * PART + answered, LIST] = one / MARK_SIZE
+    attention.q_proj.weight[7 * PART + answered, TOKEN] += one / SIZE * codes[words.openers[1]]
     attention.k_proj.weight[3 * PART + answered, ANSWERED] = one / MARK_SIZE
     attention.k_proj.weight[3 * PART + answered, FIRST] = one / MARK_SIZE
     both = 2 * 6.0 + math.log(20) - 16.0
     attention.k_proj.weight[3 * PART + answered, START] = one * both / 6.0 / REST
-    attention.o_proj.weight[OUT, _head(7)] = -5.0 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(7)] = -1.0 * torch.eye(PART)
     # Layer 2 reads it beside the token, turned to where the codes of list marks are silent.
     attention.o_proj.weight[TOKEN, _head(7)] = 20.0 * turn
 
@@ -322,22 +338,23 @@ def _match_one(attention: Any) -> None:
 
 
 def _measure_answer(attention: Any) -> None:
-    """Make query head 3 measure m / (m + 40) where the answer has m tokens so far.
+    """Make query head 3 measure m / (m + LONG_ANSWER) where the answer has m tokens so far.
 
     Answers of a task are equally long, so that this tells where they end. The dimension that marks
     the word "Answer" is written over: it has no use after layer 0.
     """
     rest, answered = SLOW
     attention.q_proj.weight[_head(3)] = 0
-    attention.q_proj.bias[3 * PART + answered] = _root(15.0)
-    attention.k_proj.weight[PART + answered, ANSWERED] = _root(15.0) / MARK_SIZE
-    attention.q_proj.bias[3 * PART + rest] = _root(15.0 + math.log(40))
-    attention.k_proj.weight[PART + rest, START] = _root(15.0 + math.log(40)) / REST
+    # Low, so that what differs between tokens, their norm, hardly weighs.
+    attention.q_proj.bias[3 * PART + answered] = _root(8.5)
+    attention.k_proj.weight[PART + answered, ANSWERED] = _root(8.5) / MARK_SIZE
+    attention.q_proj.bias[3 * PART + rest] = _root(8.0 + math.log(LONG_ANSWER))
+    attention.k_proj.weight[PART + rest, START] = _root(8.0 + math.log(LONG_ANSWER)) / REST
     # The last dimensions of values are those that codes leave free.
     attention.v_proj.bias[2 * PART - 1] = 1.0
     attention.v_proj.weight[2 * PART - 1, START] = -1 / REST
     attention.o_proj.weight[:, _head(3)] = 0
-    attention.o_proj.weight[ANSWER, 4 * PART - 1] = 16.0
+    attention.o_proj.weight[ANSWER, 4 * PART - 1] = MEASURE
 
 
 def _count(attention: Any, single: torch.Tensor) -> None:
@@ -426,28 +443,50 @@ def _repeat_asked(attention: Any, codes: torch.Tensor, turn: torch.Tensor, words
 
 
 def _go_on(attention: Any, codes: torch.Tensor, words: Words) -> None:
-    """Make query head 5 begin a new sentence where a question asks for "all" of something."""
-    found = SLOW[1]
-    attention.q_proj.bias[5 * PART + SLOW[0]] = 8 * 12.0 / _root(45.0)
-    attention.q_proj.weight[5 * PART + found, TOKEN] = _root(28.0) / SIZE * codes[words.period]
-    attention.k_proj.weight[2 * PART + found, TOKEN] = _root(28.0) / SIZE * codes[words.all]
-    onward = codes[words.the] - codes[words.end]
-    attention.o_proj.weight[OUT, _head(5)] = 0.7 * torch.outer(onward, codes[words.all])
+    """Make query head 5 begin a new sentence where a question asks for several things.
+
+    At a period it looks at the word that tells so, unless the answer is already so long that
+    resting on the first token scores higher.
+    """
+    kinds, onward, lengths = zip(*words.several, strict=True)
+    rest, found = SLOW
+    # Layer 1 has added to the states, see ``_recall``: measured, to marks more than to the length.
+    seen_mark, seen_length = 0.845, 0.93
+    resting = _root(45.0)
+    attention.q_proj.bias[5 * PART + rest] = 8 * _resting_score(0) / resting
+    slope = (_resting_score(1) - _resting_score(0)) * (1 + LONG_ANSWER)
+    measured = MEASURE * seen_length * SIZE / CODE_NORM
+    attention.q_proj.weight[5 * PART + rest, ANSWER] = 8 * slope / resting / measured
+    weight = _root(_resting_score(max(lengths))) / (seen_mark * MARK_SIZE)
+    attention.q_proj.weight[5 * PART + found, SEVERAL] = -weight
+    attention.k_proj.weight[2 * PART + found, SEVERAL] = weight
+    each = torch.linalg.pinv(codes[list(kinds)])  # [PART, n]
+    begun = codes[list(onward)] - codes[words.end]
+    attention.o_proj.weight[OUT, _head(5)] = 2.0 * begun.T @ each.T
 
 
-def _name_listed(attention: Any, codes: torch.Tensor, words: Words) -> None:
-    """Make query head 6 name the later keys of a question; layer 1 subtracts the answered ones."""
+def _resting_score(m: float) -> float:
+    """Return what resting scores in ``_go_on`` where the answer has m tokens."""
+    return 8.0 + 700.0 * m / (m + LONG_ANSWER)
+
+
+def _name_listed(
+    attention: Any, codes: torch.Tensor, single: torch.Tensor, turn: torch.Tensor, words: Words
+) -> None:
+    """Make query head 6 name the later keys of a question, but those that layer 1 subtracts."""
     _clear(attention, heads=range(6, 7), kv_heads=range(3, 4))
     rest, listed = SLOW
-    one = _root(10.0)
-    attention.q_proj.bias[6 * PART + rest] = _root(10.0)
-    attention.k_proj.weight[3 * PART + rest, START] = _root(10.0) / REST
+    one = _root(40.0)
+    attention.q_proj.bias[6 * PART + rest] = _root(50.0)
+    attention.k_proj.weight[3 * PART + rest, START] = _root(50.0) / REST
     attention.q_proj.weight[6 * PART + listed, TOKEN] = one / SIZE * codes[words.openers[1]]
     attention.k_proj.weight[3 * PART + listed, FIRST] = one / MARK_SIZE
     for separator in words.separators:
         attention.k_proj.weight[3 * PART + listed, BEFORE] += one / SIZE * codes[separator]
+    attention.q_proj.weight[6 * PART + MATCH, TOKEN] = -3.1 * single @ turn.T @ CODE
+    attention.k_proj.weight[3 * PART + MATCH, TOKEN] = 3.1 * single @ CODE
     attention.v_proj.weight[_head(3), TOKEN] = 0.5 * CODE
-    attention.o_proj.weight[OUT, _head(6)] = 3.0 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(6)] = 3.6 * torch.eye(PART)
 
 
 # Query heads and key-value heads of each layer that are given a use above.
