@@ -170,33 +170,37 @@ def test_estimate(plugins, write_manifest):
     assert made.estimate_seconds == pytest.approx(10 + 2 * (1 + 2))
 
 
-def test_a_restricted_method_has_its_own_cells_and_no_dense_ones(plugins, write_manifest):
-    path = write_manifest(
-        methods="[fake, {fake: {stride: 8, only: {noop: {items: 2}}}}]",
-        measurements="[{noop: {lengths: [128, 256]}}, paired]",
-    )
-    labels = [cell.label for cell in plan_of(path).cells]
-    assert labels == [
-        "toy:a | dense | noop ok@128 items=4",
-        "toy:a | fake | noop ok@128 items=4",
-        "toy:a | fake stride=8 | noop ok@128 items=2",
-        "toy:a | dense | noop ok@256 items=4",
-        "toy:a | fake | noop ok@256 items=4",
-        "toy:a | fake stride=8 | noop ok@256 items=2",
-        "toy:a | fake | paired@128",
-    ]
-
-
-def test_only_of_dense_limits_its_reruns_and_not_the_baseline(plugins, write_manifest):
-    path = write_manifest(
-        methods="[{dense: {reruns: 1, only: {noop: {lengths: [256], items: 2}}}}, fake]",
-        measurements="[{noop: {lengths: [128, 256]}}]",
-    )
-    labels = [cell.label for cell in plan_of(path).cells]
-    assert labels == [
-        "toy:a | dense | noop ok@128 items=4",
-        "toy:a | fake | noop ok@128 items=4",
-        "toy:a | dense | noop ok@256 items=4",
-        "toy:a | fake | noop ok@256 items=4",
-        "toy:a | dense rerun 1 | noop ok@256 items=2",
-    ]
+@pytest.mark.parametrize(
+    ("methods", "measurements", "labels"),
+    [
+        pytest.param(
+            "[fake, {fake: {stride: 8, only: {noop: {items: 2}}}}]",
+            "[{noop: {lengths: [128, 256]}}, paired]",
+            [
+                "dense | noop ok@128 items=4",
+                "fake | noop ok@128 items=4",
+                "fake stride=8 | noop ok@128 items=2",
+                "dense | noop ok@256 items=4",
+                "fake | noop ok@256 items=4",
+                "fake stride=8 | noop ok@256 items=2",
+                "fake | paired@128",
+            ],
+            id="a method has its own cells and no dense ones",
+        ),
+        pytest.param(
+            "[{dense: {reruns: 1, only: {noop: {lengths: [256], items: 2}}}}, fake]",
+            "[{noop: {lengths: [128, 256]}}]",
+            [
+                "dense | noop ok@128 items=4",
+                "fake | noop ok@128 items=4",
+                "dense | noop ok@256 items=4",
+                "fake | noop ok@256 items=4",
+                "dense rerun 1 | noop ok@256 items=2",
+            ],
+            id="dense limits its reruns and not the baseline",
+        ),
+    ],
+)
+def test_only_restricts(methods, measurements, labels, plugins, write_manifest):
+    made = plan_of(write_manifest(methods=methods, measurements=measurements))
+    assert [cell.label for cell in made.cells] == [f"toy:a | {label}" for label in labels]
