@@ -161,6 +161,24 @@ def test_untrained_heads_already_copy(untrained, tokenizer):
     assert sum(hits) > len(hits) / 2
 
 
+@pytest.mark.parametrize("kind", ["niah_multikey_2", "niah_multikey_3", "qa_1"])
+def test_untrained_heads_match_exactly(untrained, tokenizer, kind):
+    """Every token of every value is right among hundreds of needles of the same wording."""
+    example = make_example(kind, length=2048, seed="1", tokenizer=tokenizer)
+    with torch.no_grad():
+        predicted = untrained(input_ids=torch.from_numpy(example.ids)[None]).logits[0].argmax(-1)
+    opener = Words.of(tokenizer).openers[0]
+    values = []
+    for at in range(1, len(example.ids)):
+        inside = example.is_answer[at] and values and values[-1][1] == at - 1
+        if example.is_answer[at] and (example.ids[at - 1] == opener or inside):
+            token = tokenizer.decode([example.ids[at]])
+            if token not in (".", "<end>"):
+                values.append((int(predicted[at - 1]) == example.ids[at], at))
+    assert len(values) > 15
+    assert all(right for right, _ in values)
+
+
 def test_untrained_heads_already_count(untrained, tokenizer):
     """The structured start names common words, one after the other, of a list of 4096 tokens."""
     example = make_example("cwe", length=4096, seed="1", tokenizer=tokenizer)

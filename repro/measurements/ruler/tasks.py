@@ -152,8 +152,6 @@ def niah(
     asked = []
     for i in range(questions):
         group = [needles[(i * queries + j) % keys] for j in range(queries)]
-        if i:
-            group = rng.sample(needles, queries)
         depth = depths[i * values] if queries == values == 1 and i == 0 else None
         asked.append(_niah_query(rng, group, value, depth))
     return Problem(

@@ -194,11 +194,11 @@ that loses a needle here loses a right answer. It says nothing about language at
 
 ## How it was made
 `repro zoo train retriever` trains it from structured initial weights: heads of layer 0 that look
-1 to 6 tokens back, heads of layer 1 that match the last tokens with earlier text and copy what
+1 to 4 tokens back, heads of layer 1 that match the last tokens with earlier text and copy what
 followed, heads that pass over what was already answered, heads that count; everything else is
 random (`initial.py` has the details). All weights were then trained on {tokens} tokens, in {minutes}
 minutes of two CPU cores (bfloat16 autocast), in the stages of `recipe.py`; the heads that had a use
-from the start learned at a tenth of the rate. Rotary embeddings have base 1e12, so that content is
+from the start learned at a tenth of the rate, layer 0 at a hundredth. Rotary embeddings have base 1e12, so that content is
 matched at any distance. So its circuits were in good part designed, not found by training: read it
 as an instrument, not as evidence of how models learn to retrieve.
 

@@ -1,9 +1,9 @@
 """Build the untrained retriever with heads that already copy, so that a small budget suffices.
 
 The width is cut in four parts of 64: the token itself (with eight dimensions for marks), the token before
-it, a hash of the five tokens before that, and the prediction.
+it, sketches of the three tokens before that, and the prediction.
 
-- Layer 0: six heads look 1 to 6 tokens back and fill the second and third part; one marks all that
+- Layer 0: four heads look 1 to 4 tokens back and fill the second and third part; one marks all that
   comes after the word "Answer".
 - Layer 1: two heads match the last tokens with what stood before every earlier token and copy what
   followed there; one does so among what was already answered and subtracts, so that no answer is
@@ -43,30 +43,31 @@ ROPE_BASE = 1e12
 FIRST_SLOW_PAIR = 11
 # How large a token's code and its marks are.
 CODE_NORM, MARK = 8.0, 4.0
-# How far layer 0 looks back, and how much each place counts: the last two only break ties.
-PLACES = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 0.7, 6: 0.7}
-# How large the tokens 2 to 6 places back are beside the others. Their sum differs in norm from place
-# to place, and with it every score, so it is kept small; matching reads it that much larger.
-HASH_WEIGHT = 0.4
+# How far layer 0 looks back. Of the last three places it keeps sketches of the codes.
+PLACES = range(1, 5)
+SKETCH = 20
+# How large a sketch is beside a code: small, since matching can read it that much larger.
+HASH_WEIGHT = 0.5
 # Attention reads states scaled to norm 16: how large codes and marks are after layer 0.
-SIZE = 16 / math.sqrt(2 + HASH_WEIGHT**2 * sum(weight**2 for weight in list(PLACES.values())[1:]))
+SIZE = 16 / math.sqrt(2 + HASH_WEIGHT**2 * 3 * SKETCH / (PART - 8))
 MARK_SIZE = SIZE * MARK / CODE_NORM
 # Scores by which the fast pairs pick a place; the slower ones keep far places out, up to 32,768 away.
 PLACE_SCORES = {0: 14.0, 1: 10.0, 2: 8.0} | {pair: 6.0 for pair in range(3, FIRST_SLOW_PAIR)}
 # How much the length of an answer is worth, and the length at which half of that is seen.
 MEASURE, LONG_ANSWER = 60.0, 400
-# What a match of one token is worth: its score is about SHARP**2 / 13.
-SHARP = 9.8
+# What a match of one place scores.
+MATCHED = 11.0
 # Two of the slow dimensions carry marks; the others match contents.
 SLOW = (PART // 2 - 1, PART - 1)
 MATCH = torch.cat(
     [torch.arange(FIRST_SLOW_PAIR, SLOW[0]), torch.arange(FIRST_SLOW_PAIR + PART // 2, SLOW[1])]
 )
 
-# Two halves of the rows of MATCH that hold different contents; rotation mixes within a half only.
-HALVES = [
-    torch.cat([part, part + len(MATCH) // 2]) for part in torch.arange(len(MATCH) // 2).chunk(2)
+# Parts of the rows of MATCH that hold different contents; rotation mixes within a part only.
+QUARTERS = [
+    torch.cat([part, part + len(MATCH) // 2]) for part in torch.arange(len(MATCH) // 2).chunk(4)
 ]
+HALVES = [torch.cat(QUARTERS[:2]), torch.cat(QUARTERS[2:])]
 
 
 def retriever_config(vocab_size: int, *, end: int, pad: int) -> LlamaConfig:
@@ -134,8 +135,8 @@ class Words:
             period=only("."),
             several=(
                 (only(" all"), only(" The"), 44),
-                (only(" hold"), only(" Put"), 36),
-                (only(" Look"), only(" What"), 17),
+                (only(" hold"), only(" Put"), 38),
+                (only(" Look"), only(" What"), 20),
             ),
             separators=(only(","), only(" and")),
             end=tokenizer.eos_token_id,
@@ -183,19 +184,19 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
         model.model.embed_tokens.weight[token, SEVERAL] = MARK * share
     model.model.embed_tokens.weight[:, COUNT : ANSWERED + 1] = 0
     first, second, third = (layer.self_attn for layer in model.model.layers)
-    _look_back(first, turn)
+    _look_back(first, single)
     _mark_answers(first)
     for kv_head in (0, 3):
-        _match(second, turn, kv_head=kv_head)
+        _match(second, single, kv_head=kv_head)
     _subtract_match(second)
     _subtract_listed(second, codes, turn, words)
-    _match_one(second)
+    _match_one(second, single)
     _measure_answer(second)
     _count(second, single)
     _collect(third, single, turn)
     _recall(third, codes, words)
     _repeat(third, codes, words)
-    _repeat_asked(third, codes, turn, words)
+    _repeat_asked(third, codes, single, words)
     _go_on(third, codes, words)
     _name_listed(third, codes, single, turn, words)
     return model
@@ -204,7 +205,8 @@ def initial_model(config: LlamaConfig, words: Words, *, seed: int) -> LlamaForCa
 def _codes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return random codes of norm 1 and a projection under which all are equally long.
 
-    That also holds for each of the two halves of the projection, see ``HALVES``.
+    That also holds for each quarter of the projection, see ``QUARTERS``: two matches of as many
+    tokens score the same, whatever the tokens.
 
     Returns:
         Codes ``[count, PART]`` that leave the dimensions of marks free, and the projection
@@ -213,9 +215,9 @@ def _codes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     basis = torch.zeros(PART, PART)
     basis[:START, :START] = torch.linalg.qr(torch.randn(START, START)).Q
     parts = torch.randn(count, PART) @ basis.T / math.sqrt(START)
-    for half in (*HALVES, torch.arange(len(MATCH), START)):
-        length = parts[:, half].norm(dim=1, keepdim=True)
-        parts[:, half] *= math.sqrt(len(half) / START) / length
+    for part in (*QUARTERS, torch.arange(len(MATCH), START)):
+        length = parts[:, part].norm(dim=1, keepdim=True)
+        parts[:, part] *= math.sqrt(len(part) / START) / length
     return parts @ basis, basis[: len(MATCH)]
 
 
@@ -247,23 +249,24 @@ def _clear(attention: Any, *, heads: range, kv_heads: range) -> None:
         attention.v_proj.weight[_head(kv_head)] = 0
 
 
-def _look_back(attention: Any, turn: torch.Tensor) -> None:
-    """Make query heads 0 to 3, 6 and 7 copy the tokens 1 to 6 places back."""
-    for kv_head in (0, 1, 3):
-        _clear(
-            attention,
-            heads=range(2 * kv_head, 2 * kv_head + 2),
-            kv_heads=range(kv_head, kv_head + 1),
-        )
+def _sketch(place: int) -> slice:
+    """Return where the sketch of the token that many places back (2 to 4) is kept."""
+    start = HASH.start + (place - 2) * SKETCH
+    return slice(start, start + SKETCH)
+
+
+def _look_back(attention: Any, single: torch.Tensor) -> None:
+    """Make query heads 0 to 3 copy the tokens 1 to 4 places back, the last three as sketches."""
+    _clear(attention, heads=range(4), kv_heads=range(2))
+    for kv_head in (0, 1):
         attention.k_proj.bias[_head(kv_head)][list(PLACE_SCORES)] = 1.0
         attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
-    for head, (place, weight) in zip((0, 1, 2, 3, 6, 7), PLACES.items(), strict=True):
+    for head, place in enumerate(PLACES):
         attention.q_proj.bias[_head(head)] = _position_bias(PLACE_SCORES, offset=place)
         if place == 1:
             attention.o_proj.weight[BEFORE, _head(head)] = torch.eye(PART)
         else:
-            turned = torch.linalg.matrix_power(turn, place - 1)
-            attention.o_proj.weight[HASH, _head(head)] = HASH_WEIGHT * weight * turned
+            attention.o_proj.weight[_sketch(place), _head(head)] = HASH_WEIGHT * single[HALVES[0]]
 
 
 def _mark_answers(attention: Any) -> None:
@@ -276,21 +279,26 @@ def _mark_answers(attention: Any) -> None:
     attention.o_proj.weight[ANSWERED, 4 * PART] = MARK
 
 
-def _match(attention: Any, turn: torch.Tensor, *, kv_head: int) -> None:
-    """Make both query heads of ``kv_head`` match six tokens, and the first copy what followed."""
+def _match(attention: Any, single: torch.Tensor, *, kv_head: int) -> None:
+    """Make both query heads of ``kv_head`` match four tokens, and the first copy what followed.
+
+    Each place has a quarter of the dimensions: what stands at one says nothing of another.
+    """
     heads = range(2 * kv_head, 2 * kv_head + 2)
     _clear(attention, heads=heads, kv_heads=range(kv_head, kv_head + 1))
-    projection, sharp = _projection(), SHARP / SIZE
-    for head in heads:
-        attention.q_proj.weight[head * PART + MATCH, TOKEN] = sharp * projection @ turn @ CODE
-        attention.q_proj.weight[head * PART + MATCH, BEFORE] = sharp * projection @ turn @ turn
-        attention.q_proj.weight[head * PART + MATCH, HASH] = (
-            sharp / HASH_WEIGHT * projection @ turn @ turn
-        )
-    attention.k_proj.weight[kv_head * PART + MATCH, BEFORE] = sharp * projection @ turn
-    attention.k_proj.weight[kv_head * PART + MATCH, HASH] = sharp / HASH_WEIGHT * projection @ turn
+    scale = _root(MATCHED) / (SIZE * math.sqrt(len(QUARTERS[0]) / START))
+    whole = scale * single[QUARTERS[0]]
+    part = scale / HASH_WEIGHT * torch.eye(SKETCH)[: len(QUARTERS[0])]
+    sources = {0: (TOKEN, whole), 1: (BEFORE, whole)}
+    sources |= {place: (_sketch(place), part) for place in PLACES[1:]}
+    for place, quarter in zip(PLACES, QUARTERS, strict=True):
+        where, weight = sources[place - 1]
+        for head in heads:
+            attention.q_proj.weight[head * PART + MATCH[quarter], where] = weight
+        where, weight = sources[place]
+        attention.k_proj.weight[kv_head * PART + MATCH[quarter], where] = weight
     attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
-    attention.o_proj.weight[OUT, _head(heads[0])] = 1.0 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(heads[0])] = (1.0 if kv_head == 0 else 0.2) * torch.eye(PART)
 
 
 def _subtract_match(attention: Any) -> None:
@@ -303,7 +311,7 @@ def _subtract_match(attention: Any) -> None:
     attention.k_proj.weight[rest, START] = _root(54.0) / REST
     attention.q_proj.weight[PART + answered, OPENER] = _root(48.0) / MARK_SIZE
     attention.k_proj.weight[answered, ANSWERED] = _root(48.0) / MARK_SIZE
-    attention.o_proj.weight[OUT, _head(1)] = -1.3 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(1)] = -0.9 * torch.eye(PART)
 
 
 def _subtract_listed(attention: Any, codes: torch.Tensor, turn: torch.Tensor, words: Words) -> None:
@@ -327,14 +335,14 @@ def _subtract_listed(attention: Any, codes: torch.Tensor, turn: torch.Tensor, wo
     attention.o_proj.weight[TOKEN, _head(7)] = 20.0 * turn
 
 
-def _match_one(attention: Any) -> None:
+def _match_one(attention: Any, single: torch.Tensor) -> None:
     """Make query head 2 match a single token and copy what followed it."""
     _clear(attention, heads=range(2, 3), kv_heads=range(1, 2))
-    one = _projection()
-    attention.q_proj.weight[2 * PART + MATCH, TOKEN] = 11.8 / SIZE * one @ CODE
-    attention.k_proj.weight[PART + MATCH, BEFORE] = 11.8 / SIZE * one
+    scale = _root(11.0) / (SIZE * math.sqrt(len(MATCH) / START))
+    attention.q_proj.weight[2 * PART + MATCH, TOKEN] = scale * single
+    attention.k_proj.weight[PART + MATCH, BEFORE] = scale * single
     attention.v_proj.weight[_head(1), TOKEN] = 0.5 * CODE
-    attention.o_proj.weight[OUT, _head(2)] = 0.4 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(2)] = 1.2 * torch.eye(PART)
 
 
 def _measure_answer(attention: Any) -> None:
@@ -391,11 +399,12 @@ def _collect(attention: Any, single: torch.Tensor, turn: torch.Tensor) -> None:
     attention.k_proj.weight[counted, START] = -1.1 * gain / REST
     attention.q_proj.weight[counted, LIST] = gain / MARK_SIZE
     attention.k_proj.weight[counted, FIRST] = -1.6 * gain / MARK_SIZE
+    attention.k_proj.weight[counted, LIST] = -1.6 * gain / MARK_SIZE
     attention.k_proj.weight[counted, COUNT] = 2.5 * gain / SIZE
     attention.q_proj.weight[MATCH, TOKEN] = -1.8 * single @ turn.T @ CODE
     attention.k_proj.weight[MATCH, BEFORE] = 1.8 * single @ CODE
     attention.v_proj.weight[_head(0), BEFORE] = 0.5 * CODE
-    attention.o_proj.weight[OUT, _head(0)] = 10.0 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(0)] = 24.0 * torch.eye(PART)
 
 
 def _recall(attention: Any, codes: torch.Tensor, words: Words) -> None:
@@ -425,7 +434,7 @@ def _repeat(attention: Any, codes: torch.Tensor, words: Words) -> None:
     attention.o_proj.weight[OUT, _head(3)] = 5.0 * torch.eye(PART)
 
 
-def _repeat_asked(attention: Any, codes: torch.Tensor, turn: torch.Tensor, words: Words) -> None:
+def _repeat_asked(attention: Any, codes: torch.Tensor, single: torch.Tensor, words: Words) -> None:
     """Make query head 4 repeat what a question asked for, once its answer has named the place.
 
     That is four places back from the second syllable of "What is its garden? The bornak".
@@ -436,8 +445,9 @@ def _repeat_asked(attention: Any, codes: torch.Tensor, turn: torch.Tensor, words
     attention.v_proj.weight[_head(2), TOKEN] = 0.5 * CODE
     place = _position_bias(PLACE_SCORES, offset=4)
     # The question mark stands three places back.
-    asked = turn @ turn @ codes[words.question] / (HASH_WEIGHT * SIZE)
-    attention.q_proj.weight[_head(4), HASH] = torch.outer(place, asked)
+    asked = single[HALVES[0]] @ codes[words.question]
+    asked /= asked.square().sum() * HASH_WEIGHT * SIZE
+    attention.q_proj.weight[_head(4), _sketch(3)] = torch.outer(place, asked)
     attention.q_proj.bias[4 * PART + SLOW[0]] = _root(45.0)
     attention.o_proj.weight[OUT, _head(4)] = 3.3 * torch.eye(PART)
 
@@ -489,21 +499,31 @@ def _name_listed(
     attention.o_proj.weight[OUT, _head(6)] = 3.6 * torch.eye(PART)
 
 
-# Query heads and key-value heads of each layer that are given a use above.
-_GIVEN = (
-    ((0, 1, 2, 3, 4, 6, 7), (0, 1, 2, 3)),
-    (tuple(range(8)), (0, 1, 2, 3)),
-    ((0, 2, 3, 4, 5, 6), (0, 1, 2, 3)),
+# Query heads and key-value heads of the later layers that are given a use above.
+_GIVEN = {
+    1: (tuple(range(8)), (0, 1, 2, 3)),
+    2: ((0, 2, 3, 4, 5, 6), (0, 1, 2, 3)),
+}
+_LAYER_PARAMETERS = (
+    *(f"self_attn.{x}_proj.{kind}" for x in "qkvo" for kind in ("weight", "bias")),
+    *(f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")),
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
 )
 # How fast these heads learn. What they do rests on scores, which count as exponents: at the full
 # rate a hundred steps undid the counting that was there before training.
 SLOW_RATE = 0.1
+# How fast layer 0 learns. Whatever it adds to a token's state changes the norm of that state, and
+# layer 1 would prefer some of several equal matches: a difference of 3 % counts three times.
+FIRST_LAYER_RATE = 0.01
 
 
 def rate_factors() -> dict[str, torch.Tensor]:
     """Return factors on the learning rate: small for the heads with a use, and for what they read."""
     factors = {"model.embed_tokens.weight": torch.tensor(SLOW_RATE)}
-    for index, (heads, kv_heads) in enumerate(_GIVEN):
+    for name in _LAYER_PARAMETERS:
+        factors[f"model.layers.0.{name}"] = torch.tensor(FIRST_LAYER_RATE)
+    for index, (heads, kv_heads) in _GIVEN.items():
         layer = f"model.layers.{index}"
         factors[f"{layer}.input_layernorm.weight"] = torch.tensor(SLOW_RATE)
         query, key = torch.ones(8 * PART), torch.ones(4 * PART)
@@ -521,7 +541,3 @@ def rate_factors() -> dict[str, torch.Tensor]:
 def _root(score: float) -> float:
     """Return what query and key must each hold in one dimension for an attention score."""
     return math.sqrt(score * math.sqrt(PART))
-
-
-def _projection() -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(PART, PART)).Q[: len(MATCH)]
