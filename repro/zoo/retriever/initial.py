@@ -298,20 +298,23 @@ def _match(attention: Any, single: torch.Tensor, *, kv_head: int) -> None:
         where, weight = sources[place]
         attention.k_proj.weight[kv_head * PART + MATCH[quarter], where] = weight
     attention.v_proj.weight[_head(kv_head), TOKEN] = 0.5 * CODE
-    attention.o_proj.weight[OUT, _head(heads[0])] = (1.0 if kv_head == 0 else 0.2) * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(heads[0])] = (1.0 if kv_head == 0 else 0.4) * torch.eye(PART)
 
 
 def _subtract_match(attention: Any) -> None:
     """Make query head 1 subtract, after openers, what followed the same tokens in the answer.
 
     It looks only at tokens after the word "Answer"; elsewhere it rests on the first of the text.
+    Resting counts for three values of the same key: one answered value alone is not subtracted
+    so much that codes which point away from it gain.
     """
     rest, answered = SLOW
-    attention.q_proj.bias[PART + rest] = _root(54.0)
-    attention.k_proj.weight[rest, START] = _root(54.0) / REST
+    resting = _root(79.5)
+    attention.q_proj.bias[PART + rest] = resting
+    attention.k_proj.weight[rest, START] = resting / REST
     attention.q_proj.weight[PART + answered, OPENER] = _root(48.0) / MARK_SIZE
     attention.k_proj.weight[answered, ANSWERED] = _root(48.0) / MARK_SIZE
-    attention.o_proj.weight[OUT, _head(1)] = -0.9 * torch.eye(PART)
+    attention.o_proj.weight[OUT, _head(1)] = -1.7 * torch.eye(PART)
 
 
 def _subtract_listed(attention: Any, codes: torch.Tensor, turn: torch.Tensor, words: Words) -> None:
