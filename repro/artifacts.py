@@ -10,40 +10,91 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from repro.errors import MachineFault
+from repro.errors import MachineFault, MissingResource
 from repro.keys import canonical_json, jsonable
 from repro.method import Artifact
 from repro.store import Warn, _silent, now, write_atomically
 
 
+class _Folder:
+    """Files below a folder of this machine or of one that is mounted."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        write_atomically(self.root / name, data)
+
+
+class _Remote:
+    """Files below a URL, by fsspec."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        try:
+            self._files, path = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise MissingResource(f"artifacts: {url} cannot be opened: {error}") from error
+        self.root = path.rstrip("/")
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._files.cat_file(f"{self.root}/{name}"))
+
+    def write(self, name: str, data: bytes) -> None:
+        path = f"{self.root}/{name}"
+        try:
+            self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            # A reader sees the whole file or none, also where writing takes its time.
+            temporary = f"{path}.{uuid.uuid4().hex}"
+            self._files.pipe_file(temporary, data)
+            self._files.mv(temporary, path)
+        except OSError as error:
+            raise MachineFault(f"{path}: cannot be written: {error}") from error
+
+
 class ArtifactStore:
-    """Artifacts under one folder; two processes that make the same one do no harm."""
+    """Artifacts under one folder or URL; two processes that make the same one do no harm.
+
+    Args:
+        root: A folder, or a URL that fsspec knows (``s3://bucket/repro``, ``gs://...``).
+        warn: Receives a line about what cannot be read.
+
+    Raises:
+        MissingResource: If the package for the URL is not installed.
+    """
 
     def __init__(self, root: str | Path, *, warn: Warn = _silent) -> None:
-        self.root = Path(root)
+        self.root = str(root)
         self.warn = warn
+        self._files = _Remote(self.root) if "://" in self.root else _Folder(Path(root))
 
     def get(self, key: str) -> Artifact | None:
         """Return a stored artifact, None if there is none or its content was altered."""
-        pointer = self._pointer(key)
+        pointer = _pointer(key)
         try:
-            content = json.loads(pointer.read_bytes())["content"]
-            folder = self.root / "content" / content
-            tensors = (folder / "artifact.safetensors").read_bytes()
-            metadata = (folder / "artifact.json").read_bytes()
+            content = json.loads(self._files.read(pointer))["content"]
+            folder = f"content/{content}"
+            tensors = self._files.read(f"{folder}/artifact.safetensors")
+            metadata = self._files.read(f"{folder}/artifact.json")
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise MachineFault(f"{pointer}: cannot be read: {error.strerror}") from error
+            reason = error.strerror or error
+            raise MachineFault(f"{self.root}/{pointer}: cannot be read: {reason}") from error
         except (ValueError, KeyError, TypeError):
-            self.warn(f"{pointer}: unreadable; the artifact is made again")
+            self.warn(f"{self.root}/{pointer}: unreadable; the artifact is made again")
             return None
         if _content_hash(tensors, metadata) != content:
-            self.warn(f"{folder}: differs from its hash; the artifact is made again")
+            self.warn(f"{self.root}/{folder}: differs from its hash; the artifact is made again")
             return None
         from safetensors.torch import load
 
@@ -80,14 +131,15 @@ class ArtifactStore:
         data = save(tensors)
         metadata = canonical_json(jsonable(artifact.metadata)).encode()
         content = _content_hash(data, metadata)
-        folder = self.root / "content" / content
-        write_atomically(folder / "artifact.safetensors", data)
-        write_atomically(folder / "artifact.json", metadata)
+        self._files.write(f"content/{content}/artifact.safetensors", data)
+        self._files.write(f"content/{content}/artifact.json", metadata)
+        # Last: what it points at is whole.
         pointer = {"content": content, "identity": jsonable(identity), "created": now()}
-        write_atomically(self._pointer(key), json.dumps(pointer).encode())
+        self._files.write(_pointer(key), json.dumps(pointer).encode())
 
-    def _pointer(self, key: str) -> Path:
-        return self.root / "keys" / f"{key}.json"
+
+def _pointer(key: str) -> str:
+    return f"keys/{key}.json"
 
 
 def _content_hash(tensors: bytes, metadata: bytes) -> str:

@@ -32,6 +32,13 @@ Profile = Annotated[str, typer.Option("--profile", "-p", help="Profile of the ma
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Runs = Annotated[str, typer.Option(help="Folder of the run store.")]
+Artifacts = Annotated[
+    str | None,
+    typer.Option(
+        envvar="REPRO_ARTIFACTS",
+        help="Folder or URL (s3://bucket/folder) where machines share calibrations.",
+    ),
+]
 Results = Annotated[str, typer.Option(help="Folder of the written results.")]
 Slugs = Annotated[list[str] | None, typer.Argument(metavar="[SLUG]...", help="All where left out.")]
 
@@ -106,6 +113,7 @@ def run(
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Compute again what is done already.")] = False,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster.")] = None,
+    artifacts: Artifacts = None,
     runs: Runs = "runs",
     results: Results = "results",
     report: Annotated[bool, typer.Option(help="Write the results and show the table.")] = True,
@@ -127,6 +135,7 @@ def run(
             budget=budget,
             fresh=fresh,
             address=address,
+            artifacts=artifacts,
             quiet=quiet or as_json,
         )
     except KeyboardInterrupt:
@@ -142,6 +151,97 @@ def run(
     }
     _emit(summary, as_json, lambda: None if quiet else _print_counts(outcome.counts))
     sys.exit(outcome.exit_code)
+
+
+@app.command()
+def submit(
+    manifest: Annotated[
+        str | None, typer.Argument(metavar="[MANIFEST]", help="Not with --attach.")
+    ] = None,
+    address: Annotated[
+        str, typer.Option(help="Ray's job server; it runs what it is sent, so keep it private.")
+    ] = "http://127.0.0.1:8265",
+    profile: Profile = "paper",
+    device: Device = "auto",
+    attach: Annotated[str | None, typer.Option(help="Follow this job again.")] = None,
+    follow: Annotated[bool, typer.Option(help="Stay until the job ends.")] = True,
+    requirements: Annotated[
+        str | None, typer.Option(help="Packages that the cluster installs first.")
+    ] = None,
+    runs: Runs = "runs",
+    results: Results = "results",
+) -> None:
+    """Run a manifest on a Ray cluster: ship the checkout, follow the job, bring the records back."""
+    from repro import submission
+    from repro.errors import BadInput, Fault
+
+    if (manifest is None) == (attach is None):
+        got = "neither" if manifest is None else "both"
+        raise BadInput(Fault("submit", "MANIFEST or --attach", "given, and not both", got))
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    job = attach or submission.submit(
+        str(manifest),
+        address=address,
+        profile=profile,
+        device=device,
+        runs=runs,
+        requirements=requirements,
+        say=say,
+    )
+    how = f"repro submit --attach {job} --address {address}"
+    say(f"job {job}")
+    if not follow:
+        print(f"follow it with: {how}")
+        sys.exit(0)
+    _stop_on_sigterm()
+    try:
+        succeeded = submission.follow(job, address=address, runs=runs, say=say)
+    except KeyboardInterrupt:
+        say(f"detached; the job goes on. Follow it with: {how}")
+        sys.exit(INTERRUPTED)
+    from repro import report as reports
+
+    for path in reports.write([], runs=Path(runs), results=Path(results)):
+        if path.suffix == ".md":
+            print(f"written: {path}")
+    sys.exit(0 if succeeded else 1)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="<name>/<profile>.")] = None,
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is, also while it runs; without RUN, list all runs."""
+    from repro import listings
+    from repro import status as states
+    from repro.store import RunStore
+
+    store = RunStore(runs)
+    wanted = store.runs() if run is None else [states.find(store, run)]
+    found = [states.examine(store, *pair) for pair in wanted]
+    if run is None:
+        _emit(found, as_json, lambda: listings.print_runs(found))
+    else:
+        _emit(found[0], as_json, lambda: listings.print_run(found[0]))
+
+
+@app.command()
+def logs(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="<name>/<profile>.")],
+    cell: Annotated[str, typer.Argument(metavar="CELL", help="Part of its label, or its key.")],
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Show the outcome and the log of the cells of a run that match."""
+    from repro import listings
+    from repro import status as states
+    from repro.store import RunStore
+
+    store = RunStore(runs)
+    found = states.logs(store, *states.find(store, run), cell)
+    _emit(found, as_json, lambda: listings.print_logs(found))
 
 
 @app.command()

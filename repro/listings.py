@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,75 @@ def _default(entry: dataclasses.Field[Any]) -> Any:
     if entry.default_factory is not dataclasses.MISSING:
         return jsonable(entry.default_factory())
     return "required"
+
+
+def print_runs(found: list[Row]) -> None:
+    if not found:
+        print("no runs here; start one with: repro run MANIFEST")
+        return
+    rows = []
+    for state in found:
+        left = state["left_seconds"]
+        rows.append(
+            [
+                f"{state['name']}/{state['profile']}",
+                state["state"],
+                f"{_done(state)} of {state['total']}",
+                len(state["failed"]),
+                "" if left is None else duration(left),
+            ]
+        )
+    _table(["run", "state", "cells", "failed", "time left"], rows)
+
+
+def print_run(state: Row) -> None:
+    counts = ", ".join(f"{number} {status}" for status, number in state["counts"].items())
+    run, total = f"{state['name']}/{state['profile']}", state["total"]
+    print(f"{run}: {state['state']}, {_done(state)} of {total} cells done ({counts})")
+    if state["left_seconds"] is not None:
+        print(f"about {duration(state['left_seconds'])} left")
+    elif state["state"] == "stopped" and state["silent_seconds"] is not None:
+        heard = duration(state["silent_seconds"])
+        print(f"its driver was last heard of {heard} ago; run the manifest again to go on")
+    if state["running"]:
+        now = time.time()
+        rows = [
+            [
+                cell["label"],
+                cell["worker"],
+                duration(max(now - cell["since"], 0.0)),
+                f"{cell['done']} of {cell['total']}" if cell["total"] else "",
+            ]
+            for cell in state["running"]
+        ]
+        _table(["running", "worker", "for", "done"], rows)
+    if state["workers"]:
+        rows = [
+            [
+                name,
+                worker["cells"],
+                worker["items"],
+                duration(worker["seconds"]),
+                f"{worker['items'] / worker['seconds']:.3g}" if worker["seconds"] else "",
+            ]
+            for name, worker in sorted(state["workers"].items())
+        ]
+        _table(["worker", "cells", "items", "busy", "items/s"], rows)
+    if state["failed"]:
+        _table(["failed", "why"], [[label, why] for label, why in state["failed"].items()])
+
+
+def print_logs(found: list[Row]) -> None:
+    if not found:
+        print("no such cell has run yet")
+    for row in found:
+        print(f"{row['label']} ({row['key'][:12]})\n{row['status']}: {row['message'] or 'fine'}")
+        if row["log"]:
+            print(row["log"])
+
+
+def _done(state: Row) -> int:
+    return int(state["total"] - state["counts"].get("not_run", 0))
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> None:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from repro import measurements, registry, subjects, yamlfile
 from repro.errors import BadInput, Fault, MissingResource, near_matches
@@ -44,9 +44,17 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # profile and paper names become
 
 class _Resources(BaseModel):
     model_config = STRICT
-    gpus: int = Field(default=0, ge=0, le=64)
+    # A fraction below 1 lets several workers share a GPU; timings still have it to themselves.
+    gpus: float = Field(default=0.0, ge=0, le=64)
     gpu_memory_gib: float = Field(default=0.0, ge=0)
     memory_gib: float = Field(default=0.0, ge=0)
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_shared(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError("a whole number, or a fraction below 1")
+        return value
 
 
 class _Profile(BaseModel):

@@ -97,7 +97,7 @@ class Plan:
         """
         if pattern is None:
             return self.cells
-        kept = tuple(cell for cell in self.cells if _matches(cell.label, pattern))
+        kept = tuple(cell for cell in self.cells if matches(cell.label, pattern))
         if not kept:
             raise BadInput(Fault("--only", "the pattern", "found in a cell's label", pattern))
         return kept
@@ -314,7 +314,7 @@ def _cells_in_order(
     return sorted(found.values(), key=lambda pair: pair[0].get("length") or 0)
 
 
-def _matches(label: str, pattern: str) -> bool:
+def matches(label: str, pattern: str) -> bool:
     return pattern in label or fnmatch.fnmatchcase(label, pattern)
 
 
@@ -375,7 +375,7 @@ def _missing_resources(resources: dict[str, Any], device: str) -> dict[str, str]
     if gpus and device != "cuda":
         size = f" with {memory:g} GiB" if memory else ""
         missing["gpu"] = (
-            f"the profile asks for {gpus} GPU{'s' if gpus > 1 else ''}{size}; this machine has none"
+            f"the profile asks for {gpus:g} GPU{'s' if gpus > 1 else ''}{size}; this machine has none"
             ": run it on one, or join a cluster with --address"
         )
     wanted = resources.get("memory_gib", 0)

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from repro.output import own_stderr
+
 if TYPE_CHECKING:
     from repro.plan import PlannedCell
 
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 class Listener(Protocol):
     """What an executor tells while it runs."""
 
-    def started(self, planned: PlannedCell) -> None:
-        """A cell begins to run."""
+    def started(self, planned: PlannedCell, worker: str) -> None:
+        """A cell begins to run; ``worker`` is ``<host>:<process>``."""
 
     def progress_of(self, planned: PlannedCell) -> Callable[[int, int], None]:
         """Return ``progress(done, total)`` of a cell."""
@@ -31,19 +33,71 @@ class Listener(Protocol):
         """One line for the user."""
 
 
+class Pace:
+    """The time left of a run: the estimates of what is not done, at the speed seen so far."""
+
+    def __init__(self, estimate_seconds: float) -> None:
+        self._estimate = estimate_seconds
+        self._done = 0.0
+        self._began = time.monotonic()
+
+    def finished(self, planned: PlannedCell, *, cached: bool) -> None:
+        """Take in a cell that has its record."""
+        if cached:
+            self._estimate -= planned.estimate_seconds
+        else:
+            self._done += planned.estimate_seconds
+
+    def left(self) -> float | None:
+        """Return seconds, None as long as nothing was measured."""
+        if self._done <= 0:
+            return None
+        return max(self._estimate - self._done, 0.0) * (time.monotonic() - self._began) / self._done
+
+
+class Together:
+    """Several listeners as one."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self.listeners = listeners
+
+    def started(self, planned: PlannedCell, worker: str) -> None:
+        for listener in self.listeners:
+            listener.started(planned, worker)
+
+    def progress_of(self, planned: PlannedCell) -> Callable[[int, int], None]:
+        shown = [listener.progress_of(planned) for listener in self.listeners]
+
+        def show(done: int, total: int) -> None:
+            for tell in shown:
+                tell(done, total)
+
+        return show
+
+    def finished(self, planned: PlannedCell, record: dict[str, Any], *, cached: bool) -> None:
+        for listener in self.listeners:
+            listener.finished(planned, record, cached=cached)
+
+    def message(self, text: str) -> None:
+        for listener in self.listeners:
+            listener.message(text)
+
+
 class Quiet:
     """Shows nothing but messages; the base of the others."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.stream = own_stderr()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        pass
+        if self.stream is not sys.stderr:
+            self.stream.close()
 
-    def started(self, planned: PlannedCell) -> None:
+    def started(self, planned: PlannedCell, worker: str) -> None:
         pass
 
     def progress_of(self, planned: PlannedCell) -> Callable[[int, int], None]:
@@ -53,7 +107,7 @@ class Quiet:
         self.counts["cached" if cached else record["status"]] += 1
 
     def message(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=self.stream, flush=True)
 
 
 class Plain(Quiet):
@@ -64,7 +118,7 @@ class Plain(Quiet):
         self.total = total
         self._announced = False
 
-    def started(self, planned: PlannedCell) -> None:
+    def started(self, planned: PlannedCell, worker: str) -> None:
         self._announce_cached()
 
     def finished(self, planned: PlannedCell, record: dict[str, Any], *, cached: bool) -> None:
@@ -75,6 +129,7 @@ class Plain(Quiet):
 
     def __exit__(self, *exc: object) -> None:
         self._announce_cached()
+        super().__exit__(*exc)
 
     def _announce_cached(self) -> None:
         if self.counts["cached"] and not self._announced:
@@ -91,15 +146,13 @@ class Live(Quiet):
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
         self.total = total
-        self.estimate_seconds = estimate_seconds
-        self._done_estimate = 0.0
-        self._began = time.monotonic()
+        self._pace = Pace(estimate_seconds)
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[left]}"),
-            console=Console(stderr=True),
+            console=Console(file=self.stream),
             transient=True,
         )
         self._all = self._bars.add_task("cells", total=max(total, 1), left="")
@@ -111,8 +164,9 @@ class Live(Quiet):
 
     def __exit__(self, *exc: object) -> None:
         self._bars.stop()
+        super().__exit__(*exc)
 
-    def started(self, planned: PlannedCell) -> None:
+    def started(self, planned: PlannedCell, worker: str) -> None:
         self._running[planned.key] = self._bars.add_task(
             _clip(planned.label), total=1, left=f"about {duration(planned.estimate_seconds)}"
         )
@@ -134,22 +188,15 @@ class Live(Quiet):
         task = self._running.pop(planned.key, None)
         if task is not None:
             self._bars.remove_task(task)
-        if cached:
-            self.estimate_seconds -= planned.estimate_seconds
-        else:
-            self._done_estimate += planned.estimate_seconds
+        self._pace.finished(planned, cached=cached)
+        if not cached:
             self.message(line_of(planned, record))
-        self._bars.update(self._all, completed=sum(self.counts.values()), left=self._time_left())
+        left = self._pace.left()
+        text = f"{duration(left)} left" if left else ""
+        self._bars.update(self._all, completed=sum(self.counts.values()), left=text)
 
     def message(self, text: str) -> None:
         self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _time_left(self) -> str:
-        if self._done_estimate <= 0:
-            return ""
-        pace = (time.monotonic() - self._began) / self._done_estimate
-        left = max(self.estimate_seconds - self._done_estimate, 0.0) * pace
-        return f"{duration(left)} left" if left else ""
 
 
 def listener_for(total: int, estimate_seconds: float, *, quiet: bool) -> Quiet:

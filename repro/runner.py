@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro import executors, manifest
+from repro import executors, manifest, status
 from repro.errors import BadInput, Fault, MissingResource
 from repro.plan import make_plan
-from repro.progress import listener_for
+from repro.progress import Listener, Together, listener_for
 from repro.store import RunStore, environment_key
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -49,7 +49,9 @@ def run(
     budget: str | None = None,
     fresh: bool = False,
     address: str | None = None,
+    artifacts: str | None = None,
     quiet: bool = False,
+    also: Listener | None = None,
 ) -> Outcome:
     """Run what a profile of a manifest asks for and is not done yet.
 
@@ -61,6 +63,8 @@ def run(
         budget: Time such as ``10m``; the cheapest comparisons run, the others become ``not_run``.
         fresh: Compute again what is done already; the old files are set aside.
         address: A running Ray cluster.
+        artifacts: Folder or URL where calibrations are shared; the run store by default.
+        also: Is told of everything beside the display.
 
     Raises:
         BadInput: On a bad manifest or option.
@@ -76,20 +80,24 @@ def run(
     module = executors.get(name)
     with RunStore(runs).lock():
         machine = machine_of(plan.device)
-        with listener_for(len(selected), plan.estimate_seconds, quiet=quiet) as listener:
+        estimate = plan.estimate_seconds
+        with listener_for(len(selected), estimate, quiet=quiet) as listener:
             store = RunStore(runs, warn=listener.message)
             store.write_index(plan.to_json(), plan.manifest)
-            session = executors.Session(
-                plan=plan,
-                selected=selected,
-                store=store,
-                machine=machine,
-                listener=listener,
-                fresh=fresh,
-                deadline=None if seconds is None else time.monotonic() + seconds,
-                address=address,
-            )
-            module.execute(session)
+            path = status.path_of(store, plan.name, profile, plan.device)
+            with status.Journal(path, total=len(selected), estimate_seconds=estimate) as journal:
+                session = executors.Session(
+                    plan=plan,
+                    selected=selected,
+                    store=store,
+                    machine=machine,
+                    listener=Together(listener, journal, *([also] if also else [])),
+                    fresh=fresh,
+                    deadline=None if seconds is None else time.monotonic() + seconds,
+                    address=address,
+                    artifacts=artifacts,
+                )
+                module.execute(session)
             counts = dict(listener.counts)
     records = tuple(session.records[planned.key] for planned in selected)
     if seconds is None and all(record["status"] == "not_run" for record in records):

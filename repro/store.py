@@ -2,10 +2,13 @@
 
     runs/.lock                                      one driver at a time
     runs/<name>/<profile>/<device>.json             index: resolved manifest, cells in order
+    runs/<name>/<profile>/<device>.live             see ``repro.status``
     runs/cells/<key[:2]>/<key>/<environment>/       one cell on one machine
         items.jsonl                                 finished items, appended per batch
         record.json                                 the finished record, by atomic rename
         log.txt                                     traceback of a failure
+        fatal.txt                                   stack of a process that a signal ended
+        output.txt                                  what the cell printed
         *.corrupt                                   what could not be read, set aside
     runs/artifacts/                                 see ``repro.artifacts``
 
@@ -15,9 +18,11 @@ Cells are kept by key and not by profile: profiles share the cells that coincide
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -257,6 +262,8 @@ class CellFolder:
         self.record_path = path / "record.json"
         self.items_path = path / "items.jsonl"
         self.log_path = path / "log.txt"
+        self.fatal_path = path / "fatal.txt"
+        self.output_path = path / "output.txt"
 
     def items(self, *, warn: Warn = _silent) -> ItemFile:
         """Open the cell's items for reading and appending."""
@@ -289,9 +296,58 @@ class CellFolder:
         body["checksum"] = digest(body)
         write_atomically(self.record_path, json.dumps(body, ensure_ascii=False).encode() + b"\n")
 
+    def read_log(self) -> str:
+        """Return the traceback of a failure, empty if there is none."""
+        try:
+            return self.log_path.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def write_output(self, data: bytes) -> None:
+        """Keep what the cell printed."""
+        write_atomically(self.output_path, data)
+
     def write_log(self, text: str) -> None:
         """Keep the traceback of a failure."""
         write_atomically(self.log_path, text.encode(errors="replace"))
+
+    def append_items(self, lines: bytes) -> None:
+        """Keep whole lines of an ``ItemFile`` that grows on another file system."""
+        with _machine_faults(self.items_path):
+            self.items_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.items_path.open("ab") as stream:
+                stream.write(lines)
+                stream.flush()
+                os.fsync(stream.fileno())
+
+    @contextlib.contextmanager
+    def fatal_errors(self) -> Iterator[None]:
+        """Keep the stack in ``fatal.txt`` if a signal such as a segmentation fault ends the process."""
+        with _machine_faults(self.fatal_path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = self.fatal_path.open("w")
+        before = faulthandler.is_enabled()
+        faulthandler.enable(stream)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+            if before and sys.__stderr__ is not None:
+                faulthandler.enable(sys.__stderr__)
+            stream.close()
+            with contextlib.suppress(OSError):
+                self.fatal_path.unlink()
+
+    def take_fatal(self) -> str:
+        """Return the stack that a dead process left and make it the log; empty if there is none."""
+        try:
+            text = self.fatal_path.read_text(errors="replace").strip()
+            self.fatal_path.unlink()
+        except FileNotFoundError:
+            return ""
+        if text:
+            self.write_log(text + "\n")
+        return text
 
     def forget(self) -> None:
         """Set record and items aside (``*.previous``), so that the cell starts anew."""
@@ -299,6 +355,7 @@ class CellFolder:
             for path in (self.record_path, self.items_path):
                 if path.exists():
                     os.replace(path, path.with_name(path.name + ".previous"))
+            self.fatal_path.unlink(missing_ok=True)
 
 
 class RunStore:
@@ -311,6 +368,11 @@ class RunStore:
     def cell(self, key: str, environment: str) -> CellFolder:
         """Return the folder of one cell on one machine."""
         return CellFolder(self.root / "cells" / key[:2] / key / environment)
+
+    def folders(self, key: str) -> list[CellFolder]:
+        """Return the folders of one cell on every machine that has a record of it."""
+        places = (self.root / "cells" / key[:2] / key).glob("*/record.json")
+        return [CellFolder(place.parent) for place in sorted(places)]
 
     def finished(self, key: str, environment: str) -> dict[str, Any] | None:
         """Return the record that makes computing the cell needless, or None."""
@@ -363,9 +425,9 @@ class RunStore:
     def _records_of(self, entry: dict[str, Any], environment: str | None) -> list[dict[str, Any]]:
         key, cell = entry["key"], entry["cell"]
         records = []
-        for place in sorted((self.root / "cells" / key[:2] / key).glob("*/record.json")):
-            if environment is None or place.parent.name == environment:
-                record = CellFolder(place.parent).read_record(warn=self.warn)
+        for folder in self.folders(key):
+            if environment is None or folder.path.name == environment:
+                record = folder.read_record(warn=self.warn)
                 if record is not None:
                     records.append({**record, "cell": cell})
         return records or [make_record(key, cell, "not_run", "planned and not run yet")]

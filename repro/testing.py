@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,13 @@ class MemoryItems:
     def put(self, batch: Iterable[tuple[str, dict[str, Any]]]) -> None:
         self.batches += 1
         self.values.update(batch)
+
+
+def comparable_records(records: Iterable[dict[str, Any]]) -> str:
+    """Return records as text, without timings, memory, dates and the state of the machine."""
+    changing = ("seconds", "load_seconds", "created", "environment", "failure")
+    kept = [{k: v for k, v in record.items() if k not in changing} for record in records]
+    return json.dumps(kept, sort_keys=True)
 
 
 def cell_context(

@@ -24,6 +24,7 @@ from repro.artifacts import ArtifactStore
 from repro.errors import BadInput, MachineFault, MissingResource, ReproError
 from repro.measurements import CellContext
 from repro.method import Artifact, Method
+from repro.output import captured
 from repro.plan import PlannedCell
 from repro.store import CellFolder, RunStore, Warn, environment_key, make_record, now
 
@@ -41,6 +42,7 @@ STATUSES = (
 )
 # After these the model may be in an unknown state: the next cell loads it anew.
 _RELOADS = frozenset({"crashed", "oom", "timeout", "numerical"})
+TAIL_LINES = 20  # of the traceback, in the record of a failure
 Progress = Callable[[int, int], None]
 
 
@@ -49,12 +51,17 @@ class CellTimeout(BaseException):
 
 
 class Worker:
-    """Runs cells one after another and keeps the subject of the last one loaded."""
+    """Runs cells one after another and keeps the subject of the last one loaded.
 
-    def __init__(self, store: RunStore, *, warn: Warn | None = None) -> None:
+    ``artifacts`` is where calibrations are shared, a folder or URL; by default they lie in the store.
+    """
+
+    def __init__(
+        self, store: RunStore, *, artifacts: str | None = None, warn: Warn | None = None
+    ) -> None:
         self.store = store
         self.warn = warn or store.warn
-        self.artifacts = ArtifactStore(store.root / "artifacts", warn=self.warn)
+        self.artifacts = ArtifactStore(artifacts or store.root / "artifacts", warn=self.warn)
         self._subject: subjects.Subject | None = None
         self._loaded: tuple[str, str, str] | None = None
         self._environment: dict[str, dict[str, Any]] = {}
@@ -84,15 +91,22 @@ class Worker:
         started = time.perf_counter()
         self._load_seconds = 0.0
         try:
-            body = self._measure(planned, folder, progress)
+            with folder.fatal_errors(), captured(folder.write_output):
+                body = self._measure(planned, folder, progress)
         except (MachineFault, KeyboardInterrupt):
             raise
         except (Exception, CellTimeout) as error:  # noqa: BLE001 - any failure becomes a record
             status, message = classify(error)
+            stack = traceback.format_exc()
             if status == "crashed":
-                folder.write_log(traceback.format_exc())
+                folder.write_log(stack)
                 message += f" (traceback: {folder.log_path})"
             body = {"status": status, "message": message}
+            if status in _RELOADS:
+                body["failure"] = {
+                    "peak_memory_bytes": environment.peak_memory(planned.cell["device"]),
+                    "log_tail": stack.splitlines()[-TAIL_LINES:],
+                }
             # The traceback's frames hold the model and its activations.
             error.__traceback__ = None
         status, message = _outcome(planned, body)

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import pkgutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from repro.store import CellFolder, RunStore, make_record, now
 
 def names() -> list[str]:
     """Return the names of all executors."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def get(name: str) -> Any:
@@ -68,6 +68,7 @@ class Session:
     fresh: bool = False
     deadline: float | None = None
     address: str | None = None
+    artifacts: str | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     computed: int = 0
     _oom_lengths: dict[str, int] = field(default_factory=dict)
@@ -84,6 +85,9 @@ class Session:
                 self._note(planned, record, cached=True)
             elif reason := self._missing(planned):
                 self.settle(planned, "not_run", reason)
+            elif died := self.folder(planned).take_fatal():
+                # In this process it would end the run again, before the cells after it.
+                self.settle(planned, "crashed", f"{died.splitlines()[0]}, in the last run")
             else:
                 waiting.append(planned)
         return waiting if self.deadline is None else _most_informative_first(waiting)
@@ -99,7 +103,7 @@ class Session:
     def settled_without_running(self, planned: PlannedCell) -> bool:
         """Settle a cell that need not or cannot run now; tell whether that was so."""
         length = planned.cell["measurement"]["options"].get("length")
-        shortest = self._oom_lengths.get(_family(planned))
+        shortest = self._oom_lengths.get(chain_of(planned))
         if shortest is not None and isinstance(length, int) and length > shortest:
             message = f"out of memory at length {shortest} already"
             self.settle(planned, "implied", message)
@@ -143,13 +147,13 @@ class Session:
         self.records[planned.key] = record
         length = planned.cell["measurement"]["options"].get("length")
         if record["status"] == "oom" and isinstance(length, int):
-            family = _family(planned)
-            self._oom_lengths[family] = min(length, self._oom_lengths.get(family, length))
+            chain = chain_of(planned)
+            self._oom_lengths[chain] = min(length, self._oom_lengths.get(chain, length))
         self.listener.finished(planned, record, cached=cached)
 
 
-def _family(planned: PlannedCell) -> str:
-    """Return what two cells share that differ in length alone."""
+def chain_of(planned: PlannedCell) -> str:
+    """Return what cells share that differ in length alone."""
     cell = planned.cell
     options = {
         name: value for name, value in cell["measurement"]["options"].items() if name != "length"
@@ -170,15 +174,3 @@ def _most_informative_first(cells: list[PlannedCell]) -> list[PlannedCell]:
         return sum(planned.estimate_seconds for planned in group)
 
     return [planned for group in sorted(together.values(), key=cost) for planned in group]
-
-
-def by_subject(cells: Sequence[PlannedCell]) -> Iterator[list[PlannedCell]]:
-    """Yield runs of neighbouring cells of one subject."""
-    group: list[PlannedCell] = []
-    for planned in cells:
-        if group and group[-1].cell["subject"] != planned.cell["subject"]:
-            yield group
-            group = []
-        group.append(planned)
-    if group:
-        yield group

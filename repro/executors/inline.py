@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -19,7 +21,8 @@ def execute(session: Session) -> None:
         MachineFault: If the store cannot be written.
         KeyboardInterrupt: On Ctrl-C; everything finished is stored.
     """
-    worker = Worker(session.store)
+    worker = Worker(session.store, artifacts=session.artifacts)
+    here = f"{socket.gethostname()}:{os.getpid()}"
     lost = False
     for planned in session.pending():
         if session.settled_without_running(planned):
@@ -27,7 +30,7 @@ def execute(session: Session) -> None:
         if lost:
             session.settle(planned, "infra", "the device was lost in an earlier cell")
             continue
-        session.listener.started(planned)
+        session.listener.started(planned, here)
         with _time_limit(session.plan.timeout_seconds):
             record = worker.run(planned, session.listener.progress_of(planned))
         session.finish(planned, record)

@@ -1,8 +1,8 @@
-"""The Ray executor: one actor per subject group, on this machine or on a running cluster.
+"""The Ray executor: one actor per device, on this machine or on a running cluster.
 
-The driver enforces the time limit of a cell by ending the actor's process, starts a dead actor
-again and goes on. Only a fault of the machine is tried again; a cell's own error never is. An
-actor on the driver's file system writes to the same store, any other one sends its files back.
+The driver hands out cells, enforces the time limit of a cell by ending the actor's process, starts
+a dead actor again and goes on. Only a fault of the machine is tried again; a cell's own error never
+is. An actor on the driver's file system writes to the same store, any other one sends its files.
 """
 
 from __future__ import annotations
@@ -10,25 +10,50 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repro import measurements
 from repro.errors import BadInput, Fault, MachineFault, MissingResource
-from repro.executors import Session, by_subject
+from repro.executors import Session, chain_of
+from repro.executors._actor import CellActor
 from repro.plan import PlannedCell
+from repro.scheduling import Queue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
-INFRA_TRIES = 2  # how often a cell is started whose machine fails
+INFRA_TRIES = 3  # how often a cell is started whose machine fails
+BACK_OFF_SECONDS = 1.0  # before the second try; twice that before the third
 READY_TRIES = 5  # starts of a process before its machine counts as broken
 POLL_SECONDS = 0.2
+GROW_SECONDS = 5.0  # between two looks at what the cluster has
+PROGRESS_SECONDS = 1.0
 OBJECT_STORE_BYTES = 100 * 2**20  # records travel, tensors do not
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one worker holds as long as it lives."""
+
+    cpus: float
+    gpus: float
+
+    def fits(self, node: dict[str, Any]) -> int:
+        """Return how many workers a node (an entry of ``ray.nodes()``) has room for."""
+        if not node["Alive"]:
+            return 0
+        has = node["Resources"]
+        rooms = [
+            int(has.get(name, 0.0) / wanted + 1e-9)
+            for name, wanted in (("CPU", self.cpus), ("GPU", self.gpus))
+            if wanted
+        ]
+        return min(rooms, default=1)
 
 
 def execute(session: Session) -> None:
@@ -56,13 +81,8 @@ def execute(session: Session) -> None:
         contextlib.redirect_stdout(nowhere),
         _cluster(ray, session.address),
     ):
-        actor_class = _actor_class(ray, session)
-        groups = [_Group(ray, actor_class, session, cells) for cells in by_subject(pending)]
-        try:
-            _drive(ray, groups)
-        finally:
-            for group in groups:
-                group.stop()
+        for request, cells in _phases(ray, session, pending):
+            _Pool(ray, session, request, cells).drain()
 
 
 @contextlib.contextmanager
@@ -100,61 +120,166 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _drive(ray: Any, groups: list[_Group]) -> None:
-    """Hand out cells and take in records until every group is done."""
-    active = [group for group in groups if group.advance()]
-    while active:
-        waiting = [group.call for group in active]
-        done, _ = ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS)
-        for group in list(active):
-            if group.call in done:
-                group.collect()
-            else:
-                group.watch()
-            if group.call is None and not group.advance():
-                active.remove(group)
+def _phases(
+    ray: Any, session: Session, cells: Sequence[PlannedCell]
+) -> list[tuple[Request, list[PlannedCell]]]:
+    """Return what runs together: where several workers share a GPU, timings have it to themselves.
+
+    A worker on the CPU takes a whole node, since two at once would spoil each other's timings and
+    the number of threads is part of a record.
+    """
+    if session.plan.device == "cpu":
+        counts = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        return [(Request(min((c for c in counts if c >= 1), default=1.0), 0.0), list(cells))]
+    gpus = float(session.plan.resources.get("gpus") or 1)
+    if gpus >= 1:
+        return [(Request(1.0, gpus), list(cells))]
+    alone = [cell for cell in cells if _needs_device_alone(cell)]
+    packed = [cell for cell in cells if not _needs_device_alone(cell)]
+    phases = [(Request(1.0, gpus), packed), (Request(1.0, 1.0), alone)]
+    return [(request, group) for request, group in phases if group]
 
 
-class _Group:
-    """The cells of one subject and the actor that runs them."""
+def _needs_device_alone(planned: PlannedCell) -> bool:
+    return measurements.get(planned.cell["measurement"]["name"]).alone
+
+
+class _Pool:
+    """The workers of one phase and the cells they share."""
 
     def __init__(
-        self, ray: Any, actor_class: Any, session: Session, cells: list[PlannedCell]
+        self, ray: Any, session: Session, request: Request, cells: Sequence[PlannedCell]
     ) -> None:
         self.ray = ray
         self.session = session
-        self.cells = list(cells)
-        self.actor = actor_class.remote(str(session.store.root.absolute()), _token(session))
-        self.call: Any = None  # the call that the driver waits for
+        self.request = request
+        # With a budget, the session's order is the point.
+        self.queue = Queue(cells, chain_of=chain_of, longest_first=session.deadline is None)
+        self.later: list[tuple[float, PlannedCell]] = []  # cells to be tried again, and when
+        self.tries: dict[str, int] = {}
+        self.workers: list[_Worker] = []
+        self.failed_starts = 0
+        self._actor_class = _actor_class(ray, session, request)
+        self._grew = -GROW_SECONDS
+
+    def drain(self) -> None:
+        """Hand out cells and take in records until none is left."""
+        try:
+            while self._has_work():
+                self._take_up_again()
+                if self.failed_starts >= READY_TRIES and not self.workers:
+                    self._give_up()
+                    return
+                self._grow()
+                for worker in self.workers:
+                    worker.advance()
+                self.workers = [worker for worker in self.workers if not worker.ended]
+                self._wait()
+        finally:
+            for worker in self.workers:
+                worker.stop()
+
+    def _has_work(self) -> bool:
+        return bool(len(self.queue) or self.later or any(w.current for w in self.workers))
+
+    def _wait(self) -> None:
+        calls = {worker.call: worker for worker in self.workers if worker.call is not None}
+        if not calls:
+            time.sleep(POLL_SECONDS)
+            return
+        done, _ = self.ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        if not done:
+            done, _ = self.ray.wait(list(calls), num_returns=1, timeout=POLL_SECONDS)
+        for call in done:
+            calls[call].collect()
+        for worker in self.workers:
+            worker.watch()
+
+    def _grow(self) -> None:
+        """Start workers where the cluster has room: nodes come and go."""
+        if time.monotonic() - self._grew < GROW_SECONDS:
+            return
+        self._grew = time.monotonic()
+        room = sum(self.request.fits(node) for node in self.ray.nodes())
+        # One at least, also where nothing fits now: it waits for its resources as long as it takes.
+        wanted = min(max(room, 1), len(self.queue) + sum(1 for w in self.workers if w.current))
+        while len(self.workers) < wanted:
+            self.workers.append(_Worker(self, self._actor_class))
+
+    def _give_up(self) -> None:
+        """Settle what is left: no worker of the cluster can be started."""
+        waiting = [planned for _, planned in self.later]
+        while (planned := self.queue.take(None)) is not None:
+            waiting.append(planned)
+        for planned in waiting:
+            self.session.settle(planned, "infra", "no worker could be started")
+        self.later = []
+
+    def _take_up_again(self) -> None:
+        now = time.monotonic()
+        due = [planned for when, planned in self.later if when <= now]
+        self.later = [entry for entry in self.later if entry[0] > now]
+        for planned in due:
+            self.queue.put_back(planned)
+
+    def try_again(self, planned: PlannedCell, reason: str) -> None:
+        """Run a cell again later whose machine failed, or give it up."""
+        tries = self.tries[planned.key]
+        if tries < INFRA_TRIES:
+            pause = BACK_OFF_SECONDS * 2 ** (tries - 1)
+            self.later.append((time.monotonic() + pause, planned))
+            text = f"{planned.label}: its worker died ({reason}), trying again"
+            self.session.listener.message(text)
+        else:
+            self.session.settle(planned, "infra", f"its worker died {tries} times: {reason}")
+            self.queue.release(planned)
+
+
+class _Worker:
+    """An actor, the call that the driver waits for, and the cell that it runs."""
+
+    def __init__(self, pool: _Pool, actor_class: Any) -> None:
+        self.pool = pool
+        self.ray, self.session = pool.ray, pool.session
+        runs = str(self.session.store.root.absolute())
+        self.actor = actor_class.remote(runs, _token(self.session), self.session.artifacts)
+        self.call: Any = None
         self.current: PlannedCell | None = None
+        self.subject: str | None = None
         self.machine: str | None = None  # None until the actor said that it is there
         self.shared = True
-        self.tries: dict[str, int] = {}
+        self.name = ""
+        self.ended = False
+        self._not_before = 0.0
         self._began = 0.0
+        self._asked = 0.0
         self._report: Callable[[int, int], None] = lambda done, total: None
         self._progress_call: Any = None
 
-    def advance(self) -> bool:
-        """Make the next call to the actor; tell whether there was any left to make."""
-        if self.call is not None:
-            return True
-        if not self.cells:
-            self.stop()
-            return False
+    def advance(self) -> None:
+        """Make the next call to the actor, if it is idle."""
+        if self.call is not None or self.ended or time.monotonic() < self._not_before:
+            return
         if self.machine is None:
-            self.call = self.actor.ready.remote(self.cells[0].cell["device"])
-            return True
-        planned = self.cells.pop(0)
-        if self._known(planned) or self.session.settled_without_running(planned):
-            return self.advance()
-        self.current = planned
-        self.tries[planned.key] = self.tries.get(planned.key, 0) + 1
-        self.session.listener.started(planned)
+            self.call = self.actor.ready.remote(self.session.plan.device)
+            return
+        while (planned := self.pool.queue.take(self.subject)) is not None:
+            if self._known(planned) or self.session.settled_without_running(planned):
+                self.pool.queue.release(planned)
+                continue
+            self._start(planned)
+            return
+        if not self.pool.later:
+            self.stop()
+
+    def _start(self, planned: PlannedCell) -> None:
+        self.current, self.subject = planned, planned.cell["subject"]
+        self.pool.tries[planned.key] = self.pool.tries.get(planned.key, 0) + 1
+        self.session.listener.started(planned, self.name)
         self._report = self.session.listener.progress_of(planned)
-        self._began = time.monotonic()
+        self._began = self._asked = time.monotonic()
         items = None if self.shared else self._items(planned)
         self.call = self.actor.run.remote(planned.to_json(), items)
-        return True
 
     def collect(self) -> None:
         """Take in the outcome of the call that ended."""
@@ -163,68 +288,87 @@ class _Group:
         try:
             result = self.ray.get(call)
         except self.ray.exceptions.RayError as error:
-            self._actor_failed(planned, error)
+            self._failed(planned, error)
             return
         for text in result["warnings"]:
             self.session.listener.message(text)
         if result.get("fault"):
             raise MachineFault(result["fault"])
         if planned is None:
-            self.machine, self.shared = result["machine"], result["shared"]
+            self._arrived(result)
             return
         if not self.shared:
             self._keep(planned, result)
         self.session.finish(planned, result["record"])
+        self.pool.queue.release(planned)
         if not result["healthy"]:
             self._restart()
 
     def watch(self) -> None:
         """Show how far the running cell is, and end it when its time is over."""
-        if self.current is None:
-            return  # groups wait for one another's resources as long as it takes
-        limit = self.session.plan.timeout_seconds
-        if time.monotonic() - self._began > limit:
+        if self.current is None or self.call is None:
+            return
+        now, limit = time.monotonic(), self.session.plan.timeout_seconds
+        if now - self._began > limit:
             planned, self.current, self.call = self.current, None, None
             self._restart()
             self.session.settle(planned, "timeout", f"took longer than {limit:g} s")
-            return
-        if self._progress_call is None:
-            self._progress_call = self.actor.progress.remote()
+            self.pool.queue.release(planned)
+        elif self._progress_call is None:
+            if now - self._asked > PROGRESS_SECONDS:
+                self._asked = now
+                offset = 0 if self.shared else len(self._items(self.current) or b"")
+                self._progress_call = self.actor.progress.remote(offset)
         elif self.ray.wait([self._progress_call], timeout=0)[0]:
+            call, self._progress_call = self._progress_call, None
             with contextlib.suppress(self.ray.exceptions.RayError):
-                done, total = self.ray.get(self._progress_call)
+                done, total, items = self.ray.get(call)
                 if total:
                     self._report(done, total)
-            self._progress_call = None
+                if items:
+                    self._append(self.current, items)
 
     def stop(self) -> None:
         """End the actor for good."""
-        if self.actor is not None:
+        if not self.ended:
+            self.ended = True
             with contextlib.suppress(Exception):
                 self.ray.kill(self.actor, no_restart=True)
-            self.actor = None
+
+    def _arrived(self, ready: dict[str, Any]) -> None:
+        """Take the actor in, unless its device does not compute."""
+        self.machine, self.shared, self.name = ready["machine"], ready["shared"], ready["worker"]
+        if not ready["healthy"]:
+            self._refuse(f"{self.name}: its device does not compute")
+
+    def _refuse(self, text: str) -> None:
+        self.session.listener.message(text)
+        self.pool.failed_starts += 1
+        self.stop()
 
     def _restart(self) -> None:
         self.ray.kill(self.actor, no_restart=False)
-        self.machine = None
-        self._progress_call = None
+        self._gone()
 
-    def _actor_failed(self, planned: PlannedCell | None, error: Exception) -> None:
-        """Try the cell again if its process died, up to a limit; a dead machine ends the group."""
+    def _gone(self) -> None:
+        self.machine = self.subject = self._progress_call = None
+
+    def _failed(self, planned: PlannedCell | None, error: Exception) -> None:
+        """Try the cell again if its process died, up to a limit."""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        self.machine = None
-        self._progress_call = None
-        if planned is None:
-            for cell in self.cells:
-                self.session.settle(cell, "infra", f"no worker could be started: {reason}")
-            self.cells = []
+        self._gone()
+        if planned is None and isinstance(error, self.ray.exceptions.ActorUnavailableError):
+            self._not_before = time.monotonic() + BACK_OFF_SECONDS  # it is being started again
+        elif planned is None:
+            self._refuse(f"a worker could not be started: {reason}")
+        elif died := self.session.folder(planned).take_fatal():
+            self.session.settle(planned, "crashed", died.splitlines()[0])
+            self.pool.queue.release(planned)
         elif "low on memory" in str(error):
             self.session.settle(planned, "oom", "the machine ran low on memory")
-        elif self.tries[planned.key] < INFRA_TRIES:
-            self.session.listener.message(f"{planned.label}: its worker died, trying again")
-            self.cells.insert(0, planned)
+            self.pool.queue.release(planned)
         else:
-            self.session.settle(planned, "infra", f"its worker died: {reason}")
+            self.pool.try_again(planned, reason)
 
     def _known(self, planned: PlannedCell) -> bool:
         """Tell whether the actor's machine, where it is another one, has the record already."""
@@ -238,6 +382,11 @@ class _Group:
     def _items(self, planned: PlannedCell) -> bytes | None:
         path = self.session.store.cell(planned.key, str(self.machine)).items_path
         return path.read_bytes() if path.exists() else None
+
+    def _append(self, planned: PlannedCell, items: bytes) -> None:
+        """Keep finished items of a cell that still runs on another file system."""
+        folder = self.session.store.cell(planned.key, str(self.machine))
+        folder.append_items(items)
 
     def _keep(self, planned: PlannedCell, result: dict[str, Any]) -> None:
         """Store what an actor on another file system sent."""
@@ -258,8 +407,8 @@ def _token(session: Session) -> str:
         return ""
 
 
-def _actor_class(ray: Any, session: Session) -> Any:
-    """Return the remote class with the resources of a group and the environment of this process."""
+def _actor_class(ray: Any, session: Session, request: Request) -> Any:
+    """Return the remote class with the resources of a worker and the environment of this process."""
     import repro
     from repro.environment import usable_cpus
 
@@ -273,11 +422,9 @@ def _actor_class(ray: Any, session: Session) -> Any:
     for name in ("REPRO_THREADS", "TRITON_INTERPRET", "HF_HOME", "HF_HUB_OFFLINE"):
         if name in os.environ:
             variables[name] = os.environ[name]
-    gpus = max(int(session.plan.resources.get("gpus", 0)), session.plan.device == "cuda")
     options = {
-        # Two groups at once on the same cores would spoil each other's timings.
-        "num_cpus": 1 if gpus else usable_cpus(),
-        "num_gpus": gpus,
+        "num_cpus": request.cpus,
+        "num_gpus": request.gpus,
         "max_restarts": -1,
         "max_task_retries": 0,
         "runtime_env": {"env_vars": variables},
@@ -289,63 +436,3 @@ def _actor_class(ray: Any, session: Session) -> Any:
     }
     remote = ray.remote(concurrency_groups={"watch": 1})(type("Cells", (CellActor,), members))
     return remote.options(**options)
-
-
-class CellActor:
-    """Runs cells in a process of its own; the only code that is Ray's is around it."""
-
-    def __init__(self, runs: str, token: str) -> None:
-        from repro.store import RunStore
-        from repro.worker import Worker
-
-        try:
-            self.shared = bool(token) and (Path(runs) / ".lock").read_text() == token
-        except OSError:
-            self.shared = False
-        self._warnings: list[str] = []
-        self._progress = (0, 0)
-        root = runs if self.shared else tempfile.mkdtemp(prefix="repro-")
-        self.worker = Worker(RunStore(root, warn=self._warnings.append))
-
-    def ready(self, device: str) -> dict[str, Any]:
-        """Return which machine this is and whether it shares the driver's store."""
-        from repro.store import environment_key
-
-        machine = environment_key(self.worker.environment(device))
-        return {
-            "machine": machine,
-            "shared": self.shared,
-            "host": socket.gethostname(),
-            "warnings": [],
-        }
-
-    def run(self, planned_json: dict[str, Any], items: bytes | None) -> dict[str, Any]:
-        """Run one cell; return its record, and its files if the store is not shared."""
-        planned = PlannedCell.from_json(planned_json)
-        self._progress = (0, 0)
-        folder = self.worker.folder(planned)
-        result: dict[str, Any] = {"record": None, "healthy": True}
-        try:
-            if items is not None and not folder.items_path.exists():
-                folder.items_path.parent.mkdir(parents=True, exist_ok=True)
-                folder.items_path.write_bytes(items)
-            record = self.worker.run(planned, self._note)
-            result["record"] = record
-            if record["status"] in ("crashed", "oom"):
-                result["healthy"] = self.worker.healthy(planned.cell["device"])
-        except MachineFault as error:
-            result["fault"] = str(error)
-        result["warnings"] = list(self._warnings)
-        self._warnings.clear()
-        if not self.shared:
-            has_items, has_log = folder.items_path.exists(), folder.log_path.exists()
-            result["items"] = folder.items_path.read_bytes() if has_items else b""
-            result["log"] = folder.log_path.read_text() if has_log else ""
-        return result
-
-    def progress(self) -> tuple[int, int]:
-        """Return (done, total) of the running cell."""
-        return self._progress
-
-    def _note(self, done: int, total: int) -> None:
-        self._progress = (done, total)

@@ -73,6 +73,7 @@ class Measurement:
             "high", "n", "unit"}``, the absent ones None), and where they apply ``patch`` (the
             ``Patch.stats()``), ``items`` (columns of equal length: ``keys``, ``scores``, and any
             other per-item column such as ``depth``), ``raw`` (raw timings), ``explanation``.
+        alone: True if nothing else may run on the device meanwhile, as for timings.
         paired: True if ``run`` itself measures dense against the method (no dense cell planned).
         needs_training: True if scores are meaningless on random weights.
         kinds: Subject kinds it applies to.
@@ -85,6 +86,7 @@ class Measurement:
     expand: Callable[[Any], list[dict[str, Any]]]
     run: Callable[[CellContext], dict[str, Any]]
     positions: Callable[[Mapping[str, Any]], int] = lambda options: options.get("length") or 0
+    alone: bool = False
     paired: bool = False
     needs_training: bool = False
     kinds: tuple[str, ...] = ("llm",)

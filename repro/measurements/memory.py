@@ -280,6 +280,7 @@ MEASUREMENT = Measurement(
     expand=expand,
     run=run,
     positions=positions,
+    alone=True,
     paired=True,
     kinds=("llm",),
     libraries=("torch", "transformers"),

@@ -54,6 +54,15 @@ def _misbehave(task, length, marker):
         time.sleep(1e6)
     if task == "interrupt":
         raise KeyboardInterrupt
+    if task == "segfault":
+        import ctypes
+
+        ctypes.string_at(0)
+    if task == "busy":  # C code that never comes back and holds the interpreter
+        sum(iter(int, 1))
+    if task == "flood":
+        for _ in range(2000):
+            os.write(1, b"x" * 10_000)
     if task == "kill_once" and not os.path.exists(marker):
         open(marker, "w").close()
         os.kill(os.getpid(), 9)
@@ -70,6 +79,9 @@ def run(context):
             time.sleep(context.options["pause"])
             context.items.put([(key, {"score": len(key) / 100, "seed": context.seed})
                                for key in part])
+            if "TOY_STORED" in os.environ:  # one write: workers append side by side
+                with open(os.environ["TOY_STORED"], "a") as stream:
+                    print(context.subject.info.name, context.method is None, part, file=stream)
         if start:
             _misbehave(task, length, context.options["marker"])
         scores += [context.items.get(key)["score"] for key in part]

@@ -1,7 +1,9 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from repro.artifacts import ArtifactStore
-from repro.errors import MachineFault
+from repro.errors import MachineFault, MissingResource
 from repro.method import Artifact
 
 torch = pytest.importorskip("torch")
@@ -55,3 +57,40 @@ def test_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineFault):
         ArtifactStore(tmp_path / "file").get_or_make("aa", make([]))
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"file://{tmp_path}/shared"
+
+
+def test_a_url_holds_the_same_files(tmp_path, url):
+    calls = []
+    made = ArtifactStore(url).get_or_make("aa", make(calls))
+    read = ArtifactStore(tmp_path / "shared").get_or_make("aa", make(calls))
+    assert calls == [1] and torch.equal(made.tensors["t"], read.tensors["t"])
+    [path] = (tmp_path / "shared").glob("content/*/artifact.json")
+    path.write_bytes(b"{torn")
+    warnings = []
+    ArtifactStore(url, warn=warnings.append).get_or_make("aa", make(calls))
+    assert (len(calls), len(warnings)) == (2, 1)
+
+
+def test_a_url_without_its_package_or_that_cannot_be_written(tmp_path, url):
+    with pytest.raises(MissingResource, match="artifacts: nosuch://x cannot be opened"):
+        ArtifactStore("nosuch://x")
+    (tmp_path / "shared").write_text("")
+    with pytest.raises(MachineFault):
+        ArtifactStore(url).get_or_make("aa", make([]))
+
+
+@pytest.mark.parametrize("place", ["folder", "url"])
+def test_two_writers_at_once_leave_one_whole_artifact(tmp_path, url, place):
+    root = url if place == "url" else str(tmp_path / "shared")
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(ArtifactStore(root).get_or_make, "aa", make([])) for _ in range(8)]
+        found = [call.result() for call in calls]
+    assert all(torch.equal(a.tensors["t"], found[0].tensors["t"]) for a in found)
+    assert len(list((tmp_path / "shared" / "content").iterdir())) == 1
+    warnings = []
+    assert ArtifactStore(root, warn=warnings.append).get("aa") is not None and warnings == []

@@ -233,7 +233,7 @@ class TestProgress:
         first, second = made.cells
         with Live(2, made.estimate_seconds) as live:
             live.finished(first, {"status": "ok"}, cached=True)
-            live.started(second)
+            live.started(second, "host:1")
             live.progress_of(second)(1, 4)
             task = next(task for task in live._bars.tasks if task.description == second.label)
             assert (task.completed, task.total) == (1, 4)

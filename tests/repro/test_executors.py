@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from repro import executors, manifest, runner
 from repro.errors import BadInput, MissingResource
 from repro.plan import PlannedCell, make_plan
 from repro.progress import Quiet
+from repro.testing import comparable_records
 
 METHODS = ("dense", "fake")
 
@@ -40,17 +40,7 @@ def statuses(outcome):
 
 
 def comparable(outcome):
-    """Return the records without timings, dates and the state of the machine."""
-    told = []
-    for record in outcome.records:
-        told.append(
-            {
-                name: value
-                for name, value in record.items()
-                if name not in ("seconds", "load_seconds", "created", "environment")
-            }
-        )
-    return json.dumps(told, sort_keys=True)
+    return comparable_records(outcome.records)
 
 
 class TestInline:
@@ -104,6 +94,38 @@ class TestInline:
         assert outcome.counts == {"timeout": 2, "ok": 2}
         assert "took longer than 0.6 s" in outcome.records[0]["message"]
         assert outcome.exit_code == 0
+
+    def test_a_flood_of_output_is_cut_and_kept_from_the_user(self, run, tmp_path, capfd):
+        outcome = run(measurements="[{noop: {tasks: [flood]}}]", methods="[dense]")
+        assert outcome.counts == {"ok": 1}
+        (kept,) = (tmp_path / "runs").rglob("output.txt")
+        assert kept.stat().st_size < 140_000
+        assert b" bytes left out ...\n" in kept.read_bytes()
+        assert capfd.readouterr().out == ""
+
+    def test_a_failure_says_how_much_memory_was_held_and_where_it_was(self, run):
+        outcome = run(measurements="[{noop: {tasks: [crash]}}]", methods="[dense]")
+        failure = outcome.records[0]["failure"]
+        assert failure["peak_memory_bytes"] > 1e6
+        assert failure["log_tail"][-1] == "KeyError: 'a bug'"
+
+    def test_a_segmentation_fault_is_told_by_the_next_run_and_the_others_complete(
+        self, run, plugins, write_manifest, tmp_path
+    ):
+        parts = {"measurements": "[{noop: {tasks: [ok, segfault, nan]}}]", "methods": "[dense]"}
+        path = write_manifest(**parts)
+        first = subprocess.run(
+            command(path, tmp_path / "runs", "--executor", "inline"),
+            env=plugins.environment,
+            check=False,
+            capture_output=True,
+        )
+        assert first.returncode == -signal.SIGSEGV
+        outcome = run(**parts)
+        assert outcome.counts == {"cached": 1, "crashed": 1, "numerical": 1}
+        crashed = outcome.records[1]
+        assert crashed["message"] == "Fatal Python error: Segmentation fault, in the last run"
+        assert "ctypes" in next((tmp_path / "runs").rglob("log.txt")).read_text()
 
     def test_budget_runs_the_cheapest_comparisons_first(self, run, monkeypatch):
         parts = {"measurements": "[{noop: {lengths: [1024, 128], tasks: [ok, nan]}}]"}
@@ -261,10 +283,11 @@ class TestRay:
         pytest.importorskip("ray")
         monkeypatch.setenv("PYTHONPATH", plugins.environment["PYTHONPATH"])
         marker = tmp_path / "marker"
+        tasks = "kill_once, stuck, busy, segfault, crash, oom, nan, flood, ok"
         path = write_manifest(
             methods="[dense]",
-            measurements=f"[{{noop: {{tasks: [kill_once, stuck, crash, ok], marker: {marker}}}}}]",
-            timeout_minutes="0.05",
+            measurements=f"[{{noop: {{tasks: [{tasks}], marker: {marker}}}}}]",
+            timeout_minutes="0.1",
         )
         outcome = runner.run(
             path, profile="p", runs=tmp_path / "runs", executor="ray", device="cpu", quiet=True
@@ -272,7 +295,12 @@ class TestRay:
         assert statuses(outcome) == {
             "dense | noop kill_once@128": "ok",
             "dense | noop stuck@128": "timeout",
+            "dense | noop busy@128": "timeout",
+            "dense | noop segfault@128": "crashed",
             "dense | noop crash@128": "crashed",
+            "dense | noop oom@128": "ok",
+            "dense | noop nan@128": "numerical",
+            "dense | noop flood@128": "ok",
             "dense | noop ok@128": "ok",
         }
         assert marker.exists()

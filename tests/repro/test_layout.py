@@ -14,7 +14,7 @@ import repro.kernels
 import repro.methods
 
 ROOT = Path(__file__).parents[2]
-TOP_LEVEL = {"repro", "methods", "kernels", "manifests", "tests", "results"}
+TOP_LEVEL = {"repro", "methods", "kernels", "manifests", "tests", "results", "deploy"}
 # Imported by nothing at the top of the package: start-up of the command line stays quick.
 HEAVY = ["torch", "triton", "ray", "transformers", "lm_eval", "matplotlib", "scipy"]
 

@@ -161,6 +161,10 @@ BAD = {
         {"methods": "[{fake: {threshold: .nan}}]"},
         "must be a finite number, got nan",
     ),
+    "gpus": (
+        {"resources": "{gpus: 1.5}"},
+        "profiles.p.resources.gpus must be a whole number, or a fraction below 1, got 1.5",
+    ),
     "unknown dtype": ({"dtype": "int8"}, "profiles.p.dtype must be 'bfloat16', 'float16' or"),
     "accuracy of random weights": (
         {"measurements": "[paired]", "subjects": "[toy:untrained]"},
