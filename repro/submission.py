@@ -18,12 +18,13 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repro.errors import BadInput, Fault, MissingResource, ReproError
+from repro.errors import BadInput, Fault, MachineFault, MissingResource, ReproError
 from repro.store import RunStore, write_atomically
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 MARK = "@repro"
 # Ray cuts longer lines of a log.
 LINE_BYTES = 8000
+AGENT_SECONDS = 60.0
 _LINE = re.compile(rf"{MARK} (\S+) (\d+)/(\d+) ([0-9a-f]{{8}}) (\S*)$")
 # What a job may write here, and nothing else: a log is no reason to trust paths.
 _PLACES = re.compile(
@@ -80,7 +82,20 @@ def submit(
             runtime["pip"] = requirements
         say(f"sending the checkout and {shipped} records")
         command = f"python -m repro.submission {checked.name} {profile} {device}"
-        return str(client.submit_job(entrypoint=command, runtime_env=runtime))
+        return _send(client, address, entrypoint=command, runtime_env=runtime)
+
+
+def _send(client: Any, address: str, **job: Any) -> str:
+    """Hand a job in; a cluster that has just started takes some seconds until it takes any."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if "No available agent" not in reason or time.monotonic() > deadline:
+                raise MachineFault(f"submit: {address} took no job: {reason}") from error
+            time.sleep(1.0)
 
 
 def follow(
