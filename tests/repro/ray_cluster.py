@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -30,9 +29,6 @@ class Cluster:
             **environment,
             # As in an activated environment: the entry point of a job is plain `python`.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]]),
-            # Ray listens on more than localhost; without the token it does nothing.
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             # A raylet or a driver without its head ends itself after so long.
             "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
