@@ -87,7 +87,7 @@ def _encode(kind: str, problem: Problem, tokenizer: PreTrainedTokenizerFast) -> 
         if kind in FREE_ORDER:
             starts = _starts(answer, [tokenizer.encode(f" {text}") for text in free])
             for i, start in enumerate(starts):
-                choices[len(ids) + start] = [answer[other] for other in starts[i:]]
+                choices[len(ids) + start] = sorted({answer[other] for other in starts[i:]})
         is_answer += [False] * (len(ids) - len(is_answer)) + [True] * len(answer)
         ids += answer
     return Example(kind, np.array(ids), np.array(is_answer), choices)

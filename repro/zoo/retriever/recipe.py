@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import random
 import time
 from collections import defaultdict
@@ -43,6 +44,8 @@ class Stage:
         batches: (sequences, tokens each, n): a micro-batch in every n-th step.
         learning_rate: Peak rate.
         decay_steps: Steps of linear fall to 0 at the end.
+        even: Where several answers are right, ask for all of them alike, not for any of them: what
+            is named last is then as sure as what is named first.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Stage:
     batches: tuple[tuple[int, int, int], ...]
     learning_rate: float
     decay_steps: int = 0
+    even: bool = False
 
 
 # Long sequences come from the first step on: what trained on short ones alone lost its sharpness.
@@ -57,7 +61,7 @@ _LONG = ((4, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 1), (2, 4096, 1))
 STAGES = (
     Stage("first", 100, ((6, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 2), (1, 4096, 2)), 4e-4),
     Stage("second", 300, _LONG, 4e-4, decay_steps=220),
-    Stage("third", 200, _LONG, 4e-4, decay_steps=160),
+    Stage("third", 200, _LONG, 4e-4, decay_steps=160, even=True),
 )
 # The quick recipe's lower bar: the share of right answers over these tasks at 1024 tokens.
 QUICK_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1")
@@ -153,9 +157,15 @@ class Meter:
 
 
 def make_loss(
-    device: torch.device, meter: Meter
+    device: torch.device, meter: Meter, *, even: bool
 ) -> Callable[[torch.nn.Module, Batch], torch.Tensor]:
-    """Return the loss: mean over answers plus a little of the mean over all other text."""
+    """Return the loss: mean over answers plus a little of the mean over all other text.
+
+    Args:
+        device: Where the model is.
+        meter: Counts right answers.
+        even: See ``Stage``.
+    """
 
     def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         ids = batch.ids.to(device)
@@ -169,12 +179,15 @@ def make_loss(
         is_text = batch.is_text[:, 1:].to(device)
         is_right = logits.argmax(-1) == target
         for row, position, tokens in batch.choices:
-            # Any answer still to be named is right: only their joint probability counts.
+            # Any answer still to be named is right: 0 where they have all probability together
+            # or, if even, where each has the same share of it.
             scores = logits[row, position - 1]
-            nats[row, position - 1] = scores.logsumexp(0) - scores[tokens].logsumexp(0)
+            right = scores[tokens]
+            joint = right.mean() + math.log(len(tokens)) if even else right.logsumexp(0)
+            nats[row, position - 1] = scores.logsumexp(0) - joint
             is_right[row, position - 1] = scores.argmax().item() in tokens
-        right = (is_right & is_answer).sum(1).tolist()
-        for kind, hits, n in zip(batch.kinds, right, is_answer.sum(1).tolist(), strict=True):
+        hits_of = (is_right & is_answer).sum(1).tolist()
+        for kind, hits, n in zip(batch.kinds, hits_of, is_answer.sum(1).tolist(), strict=True):
             meter.right[kind] += hits
             meter.total[kind] += n
         meter.tokens += batch.is_text.numel()
@@ -218,7 +231,7 @@ def train_retriever(
         train(
             model,
             functools.partial(make_batches, stage, tokenizer=tokenizer, seed=seed),
-            make_loss(device, meter),
+            make_loss(device, meter, even=stage.even),
             TrainingConfig(
                 steps=stage.steps,
                 learning_rate=stage.learning_rate,
