@@ -63,6 +63,17 @@ class MachineFault(ReproError, RuntimeError):
     """The machine failed: a full disk, a read-only folder, a lost device."""
 
 
+def check_rules(*rules: tuple[str, bool, str, Any]) -> None:
+    """Raise one ValueError that names every broken rule of ``(field, holds, rule, got)``.
+
+    Options of methods and measurements check themselves with it; a manifest takes the text apart
+    again and gives each fault its own line.
+    """
+    broken = [f"{name} must be {rule}, got {got}" for name, holds, rule, got in rules if not holds]
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
 def near_matches(name: str, known: Iterable[str]) -> str:
     """Return the remedy line for an unknown name: near matches first, then every known name."""
     names = sorted(known)

@@ -96,6 +96,7 @@ class _Reader:
         self.file = file
         self.described = described
         self.faults: list[Fault] = []
+        self.voided: set[Location] = set()
         self.infos: dict[str, SubjectInfo] = {}
         self.missing: dict[str, str] = {}
 
@@ -104,9 +105,7 @@ class _Reader:
         if not isinstance(data, dict):
             got = "an empty file" if data is None else type(data).__name__
             raise BadInput(Fault(self.file.where(()), "the manifest", "a mapping", got))
-        self._check_scalars(data, ())
-        if self.faults:  # what follows relies on keys being text and numbers being finite
-            raise BadInput(self.faults)
+        data = self._json_data(data, ())
         self._validate(_Top, data, ())
         paper = data.get("paper")
         if isinstance(paper, str) and paper not in registry.slugs():
@@ -447,21 +446,24 @@ class _Reader:
             got = "nothing"
         self._fault(at, rule, got, remedy)
 
-    def _check_scalars(self, value: Any, at: Location) -> None:
-        """Refuse keys that are no text and numbers that are not finite."""
+    def _json_data(self, value: Any, at: Location) -> Any:
+        """Return the data with null for what JSON cannot hold, each noted as a fault."""
+        if isinstance(value, list):
+            return [self._json_data(entry, (*at, index)) for index, entry in enumerate(value)]
+        if isinstance(value, dict):
+            for key in (key for key in value if not isinstance(key, str)):
+                self._fault(at, "a mapping whose keys are text", key)
+            named = {key: entry for key, entry in value.items() if isinstance(key, str)}
+            return {key: self._json_data(entry, (*at, key)) for key, entry in named.items()}
         if isinstance(value, float) and not math.isfinite(value):
-            self._fault(at, "a finite number", value)
-        elif isinstance(value, list):
-            for index, entry in enumerate(value):
-                self._check_scalars(entry, (*at, index))
-        elif isinstance(value, dict):
-            for key, entry in value.items():
-                if isinstance(key, str):
-                    self._check_scalars(entry, (*at, key))
-                else:
-                    self._fault(at, "a mapping whose keys are text", key)
+            rule = "a finite number"
         elif value is not None and not isinstance(value, (str, int, float)):
-            self._fault(at, "text, a number, true or false", type(value).__name__)
+            rule, value = "text, a number, true or false", type(value).__name__
+        else:
+            return value
+        self._fault(at, rule, value)
+        self.voided.add(at)
+        return None
 
     def _distinct(self, raw: Any, at: Location, key: Callable[[Any], str]) -> None:
         seen: dict[str, int] = {}
@@ -473,6 +475,8 @@ class _Reader:
 
     def _fault(self, at: Location, rule: str, got: Any, remedy: str = "") -> None:
         """Note a fault; the name of an entry is left out of its path."""
+        if at in self.voided:  # its own fault stands there already
+            return
         shown: list[str | int] = []
         for index, part in enumerate(at):
             follows_entry = index >= 2 and isinstance(at[index - 1], int)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -154,6 +153,6 @@ def _checked_threshold(threshold: float | torch.Tensor, mass: torch.Tensor) -> t
                 f"{list(threshold.shape)}"
             )
         return threshold.to(device=mass.device, dtype=torch.float64)
-    if not math.isfinite(threshold) or threshold < 0:
+    if not 0 <= threshold <= 1:
         raise ValueError(f"{_NAME}: threshold must be in [0, 1], got {threshold}")
     return torch.full((heads,), float(threshold), dtype=torch.float64, device=mass.device)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from repro.errors import check_rules
 from repro.method import Artifact, CalibrationData, CalibrationSpec, Method, Patch
 
 if TYPE_CHECKING:
@@ -71,13 +72,7 @@ class XAttentionConfig:
             ("draw", self.draw >= 0, "at least 0"),
             ("min_tokens", self.min_tokens >= 0, "at least 0"),
         ]
-        broken = [(name, rule) for name, kept, rule in rules if not kept]
-        if broken:
-            raise ValueError(
-                "; ".join(
-                    f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule in broken
-                )
-            )
+        check_rules(*((name, kept, rule, getattr(self, name)) for name, kept, rule in rules))
 
 
 def _divides(divisor: int, number: int) -> bool:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro.errors import UnsupportedCombination
+from repro.errors import UnsupportedCombination, check_rules
 from repro.measurements import CellContext, Measurement
-from repro.measurements.latency import check_lengths
+from repro.measurements.latency import length_rule
 from repro.method import Patch
 from repro.subjects import SubjectInfo
 
@@ -44,10 +44,12 @@ class MemoryOptions:
     repeats: int = 3
 
     def __post_init__(self) -> None:
-        check_lengths(self.lengths)
-        for name in ("batch", "new_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("batch", "new_tokens", "repeats")
+        found = {name: getattr(self, name) for name in counts}
+        check_rules(
+            length_rule(self.lengths),
+            *((name, value >= 1, "at least 1", value) for name, value in found.items()),
+        )
 
 
 def expand(options: MemoryOptions) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from repro.errors import UnsupportedCombination
+from repro.errors import UnsupportedCombination, check_rules
 from repro.measurements import CellContext, Measurement
 from repro.subjects import SubjectInfo
 
@@ -34,18 +34,15 @@ class PerplexityOptions:
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 2:
-            raise ValueError(
-                f"lengths must be a list of tokens, each at least 2, got {self.lengths}"
-            )
-        if len(set(self.lengths)) < len(self.lengths):
-            raise ValueError(f"lengths must be distinct, got {self.lengths}")
-        if self.documents < 2:
-            raise ValueError(f"documents must be at least 2, got {self.documents}")
+        lengths, stride = self.lengths, self.stride
         # One token less than the window: what is scored has something before it.
-        longest = min(self.lengths) - 1
-        if self.stride is not None and not 1 <= self.stride <= longest:
-            raise ValueError(f"stride must be in [1, {longest}], got {self.stride}")
+        longest = min(lengths, default=2) - 1
+        check_rules(
+            ("lengths", min(lengths, default=0) >= 2, "tokens, each at least 2", lengths),
+            ("lengths", len(set(lengths)) == len(lengths), "distinct", lengths),
+            ("documents", self.documents >= 2, "at least 2", self.documents),
+            ("stride", stride is None or 1 <= stride <= longest, f"in [1, {longest}]", stride),
+        )
 
 
 def expand(options: PerplexityOptions) -> list[dict[str, Any]]:

@@ -203,9 +203,22 @@ def test_every_fault_comes_at_once(plugins, write_manifest):
         "    subjects: [toy:a]\n"
         "    measurements: [noop]\n"
         "    seed: 3\n"
+        "  r:\n"
+        "    subjects: [toy:a]\n"
+        "    timeout_minutes: .nan\n"
+        "    measurements:\n"
+        "      - ruler:\n"
+        "          tasks: [vtt, cwx]\n"
+        "          samples: 0\n"
+        "      - latency:\n"
+        "          blocks: 3\n"
+        "          phases: [prefil]\n"
+        "      - memory: {repeats: 0, batch: 0}\n"
+        "      - perplexity: {documents: 1, lengths: [64, 64]}\n"
     )
     faults = faults_of(path)
-    assert [int(fault.split(":")[1]) for fault in faults] == [1, 4, 6, 9, 10, 14]
+    lines = sorted(int(fault.split(":")[1]) for fault in faults)
+    assert lines == [1, 4, 6, 9, 10, 14, 17, 20, 20, 21, 23, 24, 25, 25, 26, 26]
 
 
 FILES = {

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from repro.errors import check_rules
 from repro.measurements import CellContext, Measurement
 from repro.subjects import SubjectInfo
 
@@ -46,28 +47,32 @@ class LatencyOptions:
     min_seconds: float = 3.0
 
     def __post_init__(self) -> None:
-        for name, known in (("phases", PHASES), ("inputs", INPUTS), ("protocols", PROTOCOLS)):
-            check_names(name, getattr(self, name), known)
-        check_lengths(self.lengths)
-        for name, least in (("batch", 1), ("new_tokens", 2), ("blocks", 10)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.min_seconds < math.inf:
-            raise ValueError(f"min_seconds must be 0 or more, got {self.min_seconds}")
+        check_rules(
+            _names("phases", self.phases, PHASES),
+            length_rule(self.lengths),
+            ("batch", self.batch >= 1, "at least 1", self.batch),
+            ("new_tokens", self.new_tokens >= 2, "at least 2", self.new_tokens),
+            _names("inputs", self.inputs, INPUTS),
+            _names("protocols", self.protocols, PROTOCOLS),
+            ("blocks", self.blocks >= 10, "at least 10", self.blocks),
+            ("min_seconds", 0 <= self.min_seconds < math.inf, "0 or more", self.min_seconds),
+        )
 
 
-def check_names(name: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``values`` are one or more different names of ``known``."""
+def _names(
+    name: str, values: tuple[str, ...], known: tuple[str, ...]
+) -> tuple[str, bool, str, object]:
+    """Return the rule, for ``check_rules``, that these are one or more different known names."""
     wrong = [value for value in values if value not in known]
-    if wrong or not values or len(set(values)) != len(values):
-        rule = f"one or more different of {', '.join(known)}"
-        raise ValueError(f"{name} must be {rule}, got {', '.join(wrong or values) or 'none'}")
+    holds = bool(values) and not wrong and len(set(values)) == len(values)
+    rule = f"one or more different of {', '.join(known)}"
+    return name, holds, rule, ", ".join(wrong or values) or "none"
 
 
-def check_lengths(lengths: tuple[int, ...]) -> None:
-    """Raise ValueError unless ``lengths`` are one or more different numbers of 16 and above."""
-    if not lengths or min(lengths) < 16 or len(set(lengths)) != len(lengths):
-        raise ValueError(f"lengths must be one or more different numbers >= 16, got {lengths}")
+def length_rule(lengths: tuple[int, ...]) -> tuple[str, bool, str, object]:
+    """Return the rule, for ``check_rules``, on the lengths of a timed or weighed prompt."""
+    holds = bool(lengths) and min(lengths) >= 16 and len(set(lengths)) == len(lengths)
+    return "lengths", holds, "one or more different numbers >= 16", lengths
 
 
 def expand(options: LatencyOptions) -> list[dict[str, Any]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from repro.errors import near_matches
+from repro.errors import check_rules, near_matches
 from repro.measurements.ruler.tasks import TASKS
 from repro.subjects import SubjectInfo
 
@@ -37,19 +38,27 @@ class RulerOptions:
     chat_template: bool = False
 
     def __post_init__(self) -> None:
-        self._check_tasks()
-        _require("lengths", bool(self.lengths), "a list of at least one length", self.lengths)
-        for length in self.lengths:
-            _require("lengths", length >= 1, "positive numbers of tokens", length)
-        _require_distinct("lengths", self.lengths)
-        _require("samples", self.samples >= 1, "at least 1", self.samples)
-        _require("batch_size", self.batch_size >= 1, "at least 1", self.batch_size)
-        _require("source", self.source in ("embedded", "hub"), "embedded or hub", repr(self.source))
-        if self.source == "hub":
-            rule = f"at most {HUB_SAMPLES} with source: hub"
-            _require("samples", self.samples <= HUB_SAMPLES, rule, self.samples)
-        limit = self.max_new_tokens
-        _require("max_new_tokens", limit is None or limit >= 1, "at least 1, or null", limit)
+        names, limit = self.task_names(), self.max_new_tokens
+        unknown = [name for name in names if name not in TASKS]
+        most = HUB_SAMPLES if self.source == "hub" else math.inf
+        lengths = self.lengths
+        low = ", ".join(str(length) for length in lengths if length < 1)
+        check_rules(
+            ("tasks", bool(names), "'all' or a list of at least one task", self.tasks),
+            *(
+                ("tasks", False, "known RULER tasks", f"{name!r}; {near_matches(name, TASKS)}")
+                for name in unknown
+            ),
+            ("tasks", not _twice(names), "distinct", f"{_twice(names)} more than once"),
+            ("lengths", bool(lengths), "a list of at least one length", lengths),
+            ("lengths", not low, "positive numbers of tokens", low),
+            ("lengths", not _twice(lengths), "distinct", f"{_twice(lengths)} more than once"),
+            ("samples", self.samples >= 1, "at least 1", self.samples),
+            ("samples", self.samples <= most, f"at most {most} with source: hub", self.samples),
+            ("batch_size", self.batch_size >= 1, "at least 1", self.batch_size),
+            ("source", self.source in ("embedded", "hub"), "embedded or hub", repr(self.source)),
+            ("max_new_tokens", limit is None or limit >= 1, "at least 1, or null", limit),
+        )
 
     def task_names(self) -> list[str]:
         """Return the names of the tasks in the order given; ``all`` in the official order."""
@@ -57,24 +66,9 @@ class RulerOptions:
             return list(TASKS)
         return [self.tasks] if isinstance(self.tasks, str) else list(self.tasks)
 
-    def _check_tasks(self) -> None:
-        names = self.task_names()
-        _require("tasks", bool(names), "'all' or a list of at least one task", self.tasks)
-        for name in names:
-            if name not in TASKS:
-                remedy = near_matches(name, TASKS)
-                raise ValueError(f"tasks must be known RULER tasks, got {name!r}; {remedy}")
-        _require_distinct("tasks", names)
 
-
-def _require(name: str, holds: bool, rule: str, got: Any) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {rule}, got {got}")
-
-
-def _require_distinct(name: str, values: list[Any]) -> None:
-    twice = sorted({value for value in values if values.count(value) > 1})
-    _require(name, not twice, "distinct", f"{', '.join(map(str, twice))} more than once")
+def _twice(values: list[Any]) -> str:
+    return ", ".join(map(str, sorted({value for value in values if values.count(value) > 1})))
 
 
 def expand(options: RulerOptions) -> list[dict[str, Any]]:
