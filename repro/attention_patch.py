@@ -59,6 +59,24 @@ class Attend(Protocol):
 
 
 @contextmanager
+def registered_attention(
+    name: str, attention: Callable[..., Any], make_mask: Callable[..., Any]
+) -> Iterator[None]:
+    """Make an attention function known to transformers inside the block.
+
+    There is no unregister: without taking it out by hand the registry would keep alive all that
+    the function holds.
+    """
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, make_mask)
+    try:
+        yield
+    finally:
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(name, None)
+
+
+@contextmanager
 def patched_attention(
     model: PreTrainedModel,
     attend: Attend,
@@ -89,18 +107,14 @@ def patched_attention(
     # A name of its own per block: two patched models may run at once. It must not contain the
     # name of a backend, or transformers checks for that backend.
     name = f"repro_attention_{next(_numbers)}"
-    AttentionInterface.register(name, bridge.forward)
-    AttentionMaskInterface.register(name, bridge.make_mask)
     before = [(config, config._attn_implementation_internal) for config in _configs(model)]
-    try:
-        model.set_attn_implementation(name)
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            # There is no unregister; without this the registry would keep every patch alive.
-            interface._global_mapping.pop(name, None)
+    with registered_attention(name, bridge.forward, bridge.make_mask):
+        try:
+            model.set_attn_implementation(name)
+            yield
+        finally:
+            for config, implementation in before:
+                config._attn_implementation_internal = implementation
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -43,8 +43,8 @@ class Query(BaseModel):
         device: ``cpu``, ``cuda`` or ``any``.
         hardware: Patterns of the device's name; empty takes any of that device.
         method: Slug; ``dense`` for the baseline itself.
-        config: Fields of the configuration that must be equal; ``control`` and ``draw`` default to
-            the method itself.
+        config: Fields of the configuration that must be equal, a list means any of them; fields
+            that are not named are at the method's defaults.
         measurement: Name of the measurement.
         options: Options that must be equal; a list means any of them.
         metric: Name in the record's metrics, or ``density``.
@@ -59,7 +59,7 @@ class Query(BaseModel):
     device: Literal["cpu", "cuda", "any"] = "any"
     hardware: tuple[str, ...] = ()
     method: str
-    config: dict[str, Scalar] = Field(default_factory=dict)
+    config: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
     measurement: str
     options: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
     metric: str = "score"
@@ -100,6 +100,7 @@ class _Row(BaseModel):
     margin: float | None = Field(None, gt=0)
     scope: Scope = "single"
     min_items: int = Field(0, ge=0)
+    min_draws: int = Field(0, ge=0)
     each: str = Field("", pattern=r"^(|metric|method|(options|config)\.\w+)$")
     values: tuple[_Value, ...] = Field(min_length=1)
     query: dict[str, Any] | None = None
@@ -144,7 +145,8 @@ class Claim:
         strict: The unfavourable end of the interval must reach the value, without tolerance.
         tolerance: Relative; ``points``, where given, replaces it by an absolute one in ``unit``.
         scope: ``best_of`` for "up to".
-        min_items: Fewest items per cell (task) for a verdict.
+        min_items: Fewest items per cell (task) for a verdict; of a comparison, fewest pairs.
+        min_draws: Fewest draws of a random control for a verdict.
         needs: What a run takes, for "not run".
         query: None if nothing here can measure it.
     """
@@ -170,6 +172,7 @@ class Claim:
     margin: float | None
     scope: Scope
     min_items: int
+    min_draws: int
     query: Query | None
     where: str = ""
 

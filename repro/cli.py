@@ -122,7 +122,10 @@ def run(
 ) -> None:
     """Run a profile of a manifest: what is done already is reused, what fails does not stop it."""
     from repro import runner
+    from repro.report.files import check_writable
 
+    if report:
+        check_writable(Path(results))
     _stop_on_sigterm()
     try:
         outcome = runner.run(

@@ -143,12 +143,12 @@ def cpu_name() -> str:
     return " ".join(re.sub(r"\bCPU\b|\bProcessor\b|@.*$", " ", name).split()) or "unknown"
 
 
-def device_state(device_type: str, index: int = 0) -> dict[str, Any]:
-    """Return clocks, power, temperature and throttling of a GPU, or load and clock of the CPU.
+def device_state(device_type: str) -> dict[str, Any]:
+    """Return clocks, power, temperature and throttling of this process's GPU, or the CPU's load.
 
     What the machine does not tell is left out; the call never fails.
     """
-    return _gpu_state(index) if device_type == "cuda" else _cpu_state()
+    return _gpu_state() if device_type == "cuda" else _cpu_state()
 
 
 def is_throttled(state: dict[str, Any]) -> bool:
@@ -156,13 +156,21 @@ def is_throttled(state: dict[str, Any]) -> bool:
     return bool(int(state.get("throttle_reasons", 0)) & _THROTTLE_BITS)
 
 
-def _gpu_state(index: int) -> dict[str, Any]:
+def _gpu_id() -> str:
+    """Return what nvidia-smi calls the GPU that torch uses: it also counts those hidden from us."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return "0"
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
+def _gpu_state() -> dict[str, Any]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
     query = [
         tool,
-        f"--id={index}",
+        f"--id={_gpu_id()}",
         f"--query-gpu={','.join(_SMI_FIELDS)}",
         "--format=csv,noheader,nounits",
     ]

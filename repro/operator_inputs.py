@@ -234,18 +234,19 @@ def wrapped_attention(model: Any, name: str, wrap: Callable[[Any], Any]) -> Iter
         name: Under which the wrapped function is registered.
         wrap: Attention function -> attention function of the same signature.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    from repro.attention_patch import registered_attention
+
     previous = model.config._attn_implementation
-    AttentionInterface.register(name, wrap(ALL_ATTENTION_FUNCTIONS[previous]))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])
-    try:
-        model.set_attn_implementation(name)
-        yield
-    finally:
-        model.set_attn_implementation(previous)
+    wrapped = wrap(ALL_ATTENTION_FUNCTIONS[previous])
+    with registered_attention(name, wrapped, ALL_MASK_ATTENTION_FUNCTIONS[previous]):
+        try:
+            model.set_attn_implementation(name)
+            yield
+        finally:
+            model.set_attn_implementation(previous)
 
 
 def capture(

@@ -29,17 +29,22 @@ def model_of(kind: type) -> type[BaseModel]:
     return create_model(kind.__name__, __config__=STRICT, **fields)
 
 
-def changed_fields(config: Any) -> set[str]:
-    """Return the fields of a dataclass that differ from their defaults."""
-    changed = set()
-    for entry in dataclasses.fields(config):
+def default_values(kind: type) -> dict[str, Any]:
+    """Return the fields of a dataclass that have a default, with it."""
+    defaults: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):
         if entry.default_factory is not dataclasses.MISSING:
-            default: Any = entry.default_factory()
-        else:
-            default = entry.default
-        if getattr(config, entry.name) != default:
-            changed.add(entry.name)
-    return changed
+            defaults[entry.name] = entry.default_factory()
+        elif entry.default is not dataclasses.MISSING:
+            defaults[entry.name] = entry.default
+    return defaults
+
+
+def changed_fields(config: Any) -> set[str]:
+    """Return the fields of a dataclass that differ from their defaults, or have none."""
+    defaults = default_values(type(config))
+    names = {entry.name for entry in dataclasses.fields(config)}
+    return {n for n in names if n not in defaults or getattr(config, n) != defaults[n]}
 
 
 _RULES = {

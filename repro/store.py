@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import os
 import socket
@@ -195,13 +196,15 @@ class ItemFile:
         with _machine_faults(self.path):
             data = self.path.read_bytes()
         lines = data.splitlines(keepends=True)
-        good = [line for line in lines if _is_whole(line)]
+        whole = [_is_whole(line) for line in lines]
+        good = list(itertools.compress(lines, whole))
         self._values.update(_decode_lines(good))
-        bad = [] if len(good) == len(lines) else [line for line in lines if not _is_whole(line)]
+        bad = [number for number, fine in enumerate(whole) if not fine]
         if bad:
-            self._set_aside(bad, good)
+            self._set_aside([lines[number] for number in bad], good)
             count = f"{len(bad)} unreadable line{'s' if len(bad) > 1 else ''}"
-            warn(f"{self.path}: {count} set aside in {self.path.name}.corrupt and computed again")
+            where = f"{self.path}:{bad[0] + 1}"
+            warn(f"{where}: {count} set aside in {self.path.name}.corrupt and computed again")
 
     def _set_aside(self, bad: list[bytes], good: list[bytes]) -> None:
         with _machine_faults(self.path):

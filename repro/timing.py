@@ -274,23 +274,6 @@ def compare_all(
             return results
 
 
-def measure(
-    call: Arm | Callable[[Any], Any],
-    *,
-    inputs: Any,
-    device: str | torch.device = "cpu",
-    blocks: int = 10,
-    min_seconds: float = 1.0,
-    timer: Timer | None = None,
-) -> Comparison:
-    """Time one arm alone; read ``first_ms`` of the result."""
-    arm = _as_arm(call, "only")
-    settings = Settings(blocks=blocks, min_seconds=min_seconds)
-    return compare_all([arm], inputs=inputs, device=device, settings=settings, timer=timer)[
-        arm.name
-    ]
-
-
 def summarise(
     runs: Sequence[Blocks], name: str, settings: Settings, device_type: str = "cpu"
 ) -> Comparison:

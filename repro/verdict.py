@@ -21,9 +21,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from repro import evidence, statistics
+from repro import evidence, registry, statistics
 from repro.claims import Claim, Query
 from repro.evidence import Evidence, Record
+from repro.keys import jsonable
+from repro.schema import default_values
 from repro.statistics import Interval, as_json
 
 REPRODUCED = "reproduced"
@@ -123,7 +125,8 @@ def judge(claim: Claim, records: Evidence) -> Verdict:
         return Verdict(claim, NOT_RUN, f"needs {claim.needs}")
     query = claim.query
     cells = records.of(query.method, query.measurement)
-    related = [record for record in cells if _is_asked(query, record)]
+    defaults = _default_config(query.method)
+    related = [record for record in cells if _is_asked(query, record, defaults)]
     exact = [record for record in related if not _differences(query, record)]
     if not exact:
         return _without_records(claim, related)
@@ -162,11 +165,21 @@ def _strength(verdict: Verdict) -> tuple[int, int]:
 # Which records a claim asks for
 
 
-def _is_asked(query: Query, record: Record) -> bool:
-    """Tell whether a record is of the asked configuration; of the method itself by default."""
-    config = {"control": "none", **record["cell"]["method"]["config"]}
-    wanted: dict[str, Any] = {"control": "none", **query.config}
-    return all(config.get(name) == value for name, value in wanted.items())
+def _default_config(slug: str) -> dict[str, Any]:
+    """Return the configuration of the method as it is; no control, whatever the method."""
+    known = default_values(registry.get(slug).config) if slug in registry.slugs() else {}
+    return {"control": "none", **jsonable(known)}
+
+
+def _is_asked(query: Query, record: Record, defaults: Mapping[str, Any]) -> bool:
+    """Tell whether a record is of the asked configuration."""
+    config = {**defaults, **record["cell"]["method"]["config"]}
+    wanted = {**defaults, **query.config}
+    return all(_is_allowed(config.get(name), value) for name, value in wanted.items())
+
+
+def _is_allowed(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, tuple) else value == wanted
 
 
 def _differences(query: Query, record: Record) -> dict[str, str]:
@@ -187,8 +200,7 @@ def _differences(query: Query, record: Record) -> dict[str, str]:
         found["hardware"] = name
     options = evidence.options_of(record)
     for key, wanted in query.options.items():
-        allowed = wanted if isinstance(wanted, tuple) else (wanted,)
-        if options.get(key) not in allowed:
+        if not _is_allowed(options.get(key), wanted):
             found[key] = str(options.get(key))
     return found
 
@@ -305,14 +317,32 @@ def _judge_variant(claim: Claim, cells: Sequence[Record], records: Evidence) -> 
     measured = measure(query, cells, records)
     if isinstance(measured, str):
         return Verdict(claim, NOT_RUN, measured)
-    fewest = min((len(r["items"]["keys"]) for r in cells if r.get("items")), default=0)
     explanation = "; ".join(dict.fromkeys(filter(None, map(explain, cells))))
-    if claim.min_items and fewest < claim.min_items:
-        more = claim.min_items - fewest
-        text = f"{fewest} items a task, needs {claim.min_items} ({more} more)"
-        return Verdict(claim, TOO_FEW, text, measured, explanation)
+    for found, needed, what in (
+        (_fewest_items(query, cells, records), claim.min_items, "items a task"),
+        (_draws(query, cells, records), claim.min_draws, "draws of the control"),
+    ):
+        if found < needed:
+            text = f"{found} {what}, needs {needed} ({needed - found} more)"
+            return Verdict(claim, TOO_FEW, text, measured, explanation)
     verdict, reason = compare(claim, measured)
     return Verdict(claim, verdict, reason, measured, explanation)
+
+
+def _fewest_items(query: Query, cells: Sequence[Record], records: Evidence) -> int:
+    """Return the items of the cell that has the fewest; of a comparison, the pairs."""
+    if query.compare == "minus_dense":
+        return min((len(dense) for dense, _ in records.pairs(cells)), default=0)
+    if query.compare == "minus_control":
+        shared = [records.minus_control([record], query.control) for record in cells]
+        return min((0 if found is None else found.shape[1] for found in shared), default=0)
+    return min((len(r["items"]["keys"]) for r in cells if r.get("items")), default=0)
+
+
+def _draws(query: Query, cells: Sequence[Record], records: Evidence) -> int:
+    """Return how many draws of the control all cells share."""
+    found = records.minus_control(cells, query.control)
+    return 0 if found is None else found.shape[0]
 
 
 def _over_variants(claim: Claim, judged: Sequence[Verdict]) -> Verdict:

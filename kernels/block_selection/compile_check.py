@@ -7,7 +7,7 @@ from repro.kernels.block_selection.kernel import _block_selection_kernel
 
 
 def cases() -> list[CompileCase]:
-    """Return rows of 16, 128 and 1,024 key blocks."""
+    """Return rows of 16, 128, 1,024 and 2,048 key blocks (256K tokens)."""
     pointers = {
         "mass_ptr": "*i64",
         "threshold_ptr": "*fp64",
@@ -24,5 +24,5 @@ def cases() -> list[CompileCase]:
             constants={"BLOCK_K": count},
             num_warps=4 if count >= 512 else 1,
         )
-        for count in (16, 128, 1024)
+        for count in (16, 128, 1024, 2048)
     ]

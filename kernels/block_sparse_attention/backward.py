@@ -131,14 +131,14 @@ def _key_step(
 
 
 @triton.jit
-def _query_kernel(
+def _block_sparse_attention_bwd_q_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     grad_ptr,
     sums_ptr,
     delta_ptr,
-    grad_q_ptr,
+    dq_ptr,
     numbers_ptr,
     full_ptr,
     total_ptr,
@@ -149,7 +149,7 @@ def _query_kernel(
     stride_ch,
     real_ptr,
     heads,
-    group,
+    n_rep,
     tokens_q,
     tokens_k,
     head_dim,
@@ -167,7 +167,7 @@ def _query_kernel(
     outer = tl.program_id(1).to(tl.int64)
     batch = outer // heads
     head = outer % heads
-    kv_outer = batch * (heads // group) + head // group
+    kv_outer = batch * (heads // n_rep) + head // n_rep
     k_ptr += kv_outer * tokens_k * head_dim
     v_ptr += kv_outer * tokens_k * head_dim
     real_ptr += batch * tokens_k
@@ -197,20 +197,20 @@ def _query_kernel(
         )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     present = (token < tokens_q)[:, None] & (dim < head_dim)[None, :]
-    grad_q_ptr += (start + token)[:, None] * head_dim + dim[None, :]
-    tl.store(grad_q_ptr, (acc * scale).to(grad_q_ptr.dtype.element_ty), mask=present)
+    dq_ptr += (start + token)[:, None] * head_dim + dim[None, :]
+    tl.store(dq_ptr, (acc * scale).to(dq_ptr.dtype.element_ty), mask=present)
 
 
 @triton.jit
-def _key_kernel(
+def _block_sparse_attention_bwd_kv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     grad_ptr,
     sums_ptr,
     delta_ptr,
-    grad_k_ptr,
-    grad_v_ptr,
+    dk_ptr,
+    dv_ptr,
     numbers_ptr,
     full_ptr,
     total_ptr,
@@ -221,7 +221,7 @@ def _key_kernel(
     stride_ch,
     real_ptr,
     heads,
-    group,
+    n_rep,
     tokens_q,
     tokens_k,
     head_dim,
@@ -237,7 +237,7 @@ def _key_kernel(
     """Gradients of one key block: sum over the query heads of its group, no atomics."""
     column = tl.program_id(0)
     kv_outer = tl.program_id(1).to(tl.int64)
-    kv_heads = heads // group
+    kv_heads = heads // n_rep
     batch = kv_outer // kv_heads
     real_ptr += batch * tokens_k
     key = column * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -247,8 +247,8 @@ def _key_kernel(
     acc_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     STEPS: tl.constexpr = BLOCK_Q // TILE
-    for member in range(group):
-        head = kv_outer % kv_heads * group + member
+    for member in range(n_rep):
+        head = kv_outer % kv_heads * n_rep + member
         count = batch * stride_cb + head * stride_ch + column
         full = tl.load(full_ptr + count)
         kept = tl.load(total_ptr + count)
@@ -272,8 +272,8 @@ def _key_kernel(
     dim = tl.arange(0, BLOCK_D)
     present = (key < tokens_k)[:, None] & (dim < head_dim)[None, :]
     place = (start + key)[:, None] * head_dim + dim[None, :]
-    tl.store(grad_k_ptr + place, (acc_k * scale).to(grad_k_ptr.dtype.element_ty), mask=present)
-    tl.store(grad_v_ptr + place, acc_v.to(grad_v_ptr.dtype.element_ty), mask=present)
+    tl.store(dk_ptr + place, (acc_k * scale).to(dk_ptr.dtype.element_ty), mask=present)
+    tl.store(dv_ptr + place, acc_v.to(dv_ptr.dtype.element_ty), mask=present)
 
 
 def backward_tuning(block: int, other: int, head_dim: int, dtype: torch.dtype) -> Tuning:
@@ -300,7 +300,7 @@ def backward(
     # Where a query sees nothing this is -inf, and the mask replaces the infinite weight by 0.
     sums = lse * _LOG2_E
     delta = (out.float() * grad_out.float()).sum(dim=-1)
-    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     padding = layout.key_padding_mask
     real = sums if padding is None else padding.contiguous().view(torch.uint8)
     inputs = (q, k, v, grad_out, sums, delta)
@@ -316,9 +316,9 @@ def backward(
     by_row = backward_tuning(layout.block_q, layout.block_k, dim, q.dtype)
     by_column = backward_tuning(layout.block_k, layout.block_q, dim, q.dtype)
     by_query = block_lists(layout.full, layout.partial)
-    _query_kernel[(by_query.full.shape[2], batch * heads)](
+    _block_sparse_attention_bwd_q_kernel[(by_query.full.shape[2], batch * heads)](
         *inputs,
-        grad_q,
+        dq,
         *by_query.arguments(batch, heads),
         *sizes,
         TILE=by_row.tile,
@@ -327,10 +327,10 @@ def backward(
         **options,
     )
     by_key = block_lists(layout.full, layout.partial, by_key=True)
-    _key_kernel[(by_key.full.shape[2], batch * kv_heads)](
+    _block_sparse_attention_bwd_kv_kernel[(by_key.full.shape[2], batch * kv_heads)](
         *inputs,
-        grad_k,
-        grad_v,
+        dk,
+        dv,
         *by_key.arguments(batch, heads),
         *sizes,
         TILE=by_column.tile,
@@ -338,4 +338,4 @@ def backward(
         num_stages=by_column.num_stages,
         **options,
     )
-    return grad_q, grad_k, grad_v
+    return dq, dk, dv

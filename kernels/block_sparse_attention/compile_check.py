@@ -8,24 +8,30 @@ import torch
 
 from repro.kernel_compile import CompileCase
 from repro.kernels.block_sparse_attention.backward import (
-    _key_kernel,
-    _query_kernel,
+    _block_sparse_attention_bwd_kv_kernel,
+    _block_sparse_attention_bwd_q_kernel,
     backward_tuning,
 )
-from repro.kernels.block_sparse_attention.kernel import _forward_kernel, forward_tuning
+from repro.kernels.block_sparse_attention.kernel import (
+    _block_sparse_attention_fwd_kernel,
+    forward_tuning,
+)
 from repro.kernels.block_sparse_attention.lists import _compact_kernel
 
 
 def cases() -> list[CompileCase]:
-    """Return all kernels at the shapes of language models, and the masks of small blocks."""
+    """Return all kernels at the shapes of language models, and forward with small, mixed blocks."""
     compact = CompileCase(
         name="compact",
         fn=_compact_kernel,
         signature=_signature(_compact_kernel),
         constants={"CHUNK": 1024},
     )
-    small, *_ = attention_cases(64, 64, 64, causal=False, padded=True)
-    return [compact, *attention_cases(128, 128, 128, causal=True, padded=False), small]
+    small = [
+        attention_cases(block_q, block_k, 64, causal=block_q != 64, padded=True)[0]
+        for block_q, block_k in ((64, 64), (16, 16), (32, 128))
+    ]
+    return [compact, *attention_cases(128, 128, 128, causal=True, padded=False), *small]
 
 
 def attention_cases(
@@ -49,9 +55,18 @@ def attention_cases(
     label = f"{block_q}x{block_k} D={dim}{' causal' if causal else ''}"
     label += " padded" if padded else ""
     kernels = {
-        "forward": (_forward_kernel, forward_tuning(block_q, block_k, dim, dtype)),
-        "backward queries": (_query_kernel, backward_tuning(block_q, block_k, dim, dtype)),
-        "backward keys": (_key_kernel, backward_tuning(block_k, block_q, dim, dtype)),
+        "forward": (
+            _block_sparse_attention_fwd_kernel,
+            forward_tuning(block_q, block_k, dim, dtype),
+        ),
+        "backward queries": (
+            _block_sparse_attention_bwd_q_kernel,
+            backward_tuning(block_q, block_k, dim, dtype),
+        ),
+        "backward keys": (
+            _block_sparse_attention_bwd_kv_kernel,
+            backward_tuning(block_k, block_q, dim, dtype),
+        ),
     }
     return [
         CompileCase(

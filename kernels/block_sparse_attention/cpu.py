@@ -97,9 +97,9 @@ def backward(
     missing = queries.shape[0] // (q.shape[0] * q.shape[1]) * layout.block_q - q.shape[2]
     sums = F.pad(lse, (0, missing), value=torch.inf).view(-1, 1, layout.block_q)
     sums = sums.masked_fill(sums == -torch.inf, torch.inf)
-    grad_q = torch.zeros(queries.shape, dtype=torch.float32)
-    grad_k = torch.zeros(keys.shape, dtype=torch.float32)
-    grad_v = torch.zeros(keys.shape, dtype=torch.float32)
+    dq = torch.zeros(queries.shape, dtype=torch.float32)
+    dk = torch.zeros(keys.shape, dtype=torch.float32)
+    dv = torch.zeros(keys.shape, dtype=torch.float32)
     for part in itertools.chain.from_iterable(_phases(q, k, layout)):
         rows = part.rows
         part_q, part_k, part_v = _flash_backward(
@@ -112,14 +112,14 @@ def backward(
             scale=scale,
             **part.flash_options(q.dtype),
         )
-        grad_q.index_add_(0, rows, part_q[:, 0].float())
+        dq.index_add_(0, rows, part_q[:, 0].float())
         blocks = part.blocks.reshape(-1)
-        grad_k.index_add_(0, blocks, part_k.reshape(-1, *keys.shape[1:]).float())
-        grad_v.index_add_(0, blocks, part_v.reshape(-1, *keys.shape[1:]).float())
+        dk.index_add_(0, blocks, part_k.reshape(-1, *keys.shape[1:]).float())
+        dv.index_add_(0, blocks, part_v.reshape(-1, *keys.shape[1:]).float())
     return (
-        _tokens(grad_q, q).to(q.dtype),
-        _tokens(grad_k, k).to(k.dtype),
-        _tokens(grad_v, v).to(v.dtype),
+        _tokens(dq, q).to(q.dtype),
+        _tokens(dk, k).to(k.dtype),
+        _tokens(dv, v).to(v.dtype),
     )
 
 

@@ -78,7 +78,7 @@ def _step(
 
 
 @triton.jit
-def _forward_kernel(
+def _block_sparse_attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -103,7 +103,7 @@ def _forward_kernel(
     stride_vh,
     stride_vt,
     heads,
-    group,
+    n_rep,
     tokens_q,
     tokens_k,
     head_dim,
@@ -121,8 +121,8 @@ def _forward_kernel(
     outer = tl.program_id(1).to(tl.int64)
     batch = outer // heads
     head = outer % heads
-    k_ptr += batch * stride_kb + head // group * stride_kh
-    v_ptr += batch * stride_vb + head // group * stride_vh
+    k_ptr += batch * stride_kb + head // n_rep * stride_kh
+    v_ptr += batch * stride_vb + head // n_rep * stride_vh
     real_ptr += batch * tokens_k
     numbers_ptr += batch * stride_nb + head * stride_nh + row.to(tl.int64) * stride_nr
     full = tl.load(full_ptr + batch * stride_cb + head * stride_ch + row)
@@ -171,7 +171,7 @@ def forward(
     lists = block_lists(layout.full, layout.partial)
     padding = layout.key_padding_mask
     tuning = forward_tuning(layout.block_q, layout.block_k, dim, q.dtype)
-    _forward_kernel[(lists.full.shape[2], batch * heads)](
+    _block_sparse_attention_fwd_kernel[(lists.full.shape[2], batch * heads)](
         q,
         k,
         v,

@@ -41,9 +41,9 @@ def block_sparse_attention_reference(
     compute = compute_dtype or torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        group = heads // k.shape[1]
-        keys = k.to(compute).repeat_interleave(group, dim=1)
-        values = v.to(compute).repeat_interleave(group, dim=1)
+        n_rep = heads // k.shape[1]
+        keys = k.to(compute).repeat_interleave(n_rep, dim=1)
+        values = v.to(compute).repeat_interleave(n_rep, dim=1)
         scores = q.to(compute) @ keys.mT * scale  # [B, H, Tq, Tk]
         visible = (
             block_mask.repeat_interleave(block_size[0], dim=2)[:, :, :tokens_q]

@@ -11,7 +11,15 @@ _STRIDES = tuple(f"stride_{tensor}{axis}" for tensor in "qk" for axis in "bhtd")
 _INTEGERS = (*_COUNTS, *_LENGTHS, *_STRIDES)
 
 
-def _case(head_dim: int, stride: int, block_size: int, causal: bool, padded: bool) -> CompileCase:
+def _case(
+    head_dim: int,
+    stride: int,
+    block_size: int = 128,
+    *,
+    causal: bool = True,
+    padded: bool = False,
+    reversed_: bool = True,
+) -> CompileCase:
     per_block = block_size // stride
     tile = tile_sizes(per_block, head_dim)
     launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
@@ -20,7 +28,8 @@ def _case(head_dim: int, stride: int, block_size: int, causal: bool, padded: boo
     return CompileCase(
         name=f"d{head_dim}_s{stride}_b{block_size}"
         + ("_causal" if causal else "")
-        + ("_padded" if padded else ""),
+        + ("_padded" if padded else "")
+        + ("" if reversed_ else "_ordered"),
         fn=_xattention_scores_fwd_kernel,
         signature={**pointers, **bytes_, **dict.fromkeys(_INTEGERS, "i32"), "scale_log2": "fp32"},
         constants={
@@ -32,7 +41,7 @@ def _case(head_dim: int, stride: int, block_size: int, causal: bool, padded: boo
             "stride_kd": 1,
             "CAUSAL": causal,
             "PADDED": padded,
-            "REVERSED": True,
+            "REVERSED": reversed_,
             "PRECISION": "tf32",
         },
         multiples=["head_dim", *(name for name in _STRIDES if not name.endswith("d"))],
@@ -41,9 +50,10 @@ def _case(head_dim: int, stride: int, block_size: int, causal: bool, padded: boo
 
 
 def cases() -> list[CompileCase]:
-    """Return the shapes of the paper and the extremes."""
+    """Return the strides and patterns of the paper's model, and the extremes."""
     return [
-        _case(128, 16, 128, True, False),
-        _case(96, 4, 128, False, True),
-        _case(256, 16, 128, True, False),
+        *(_case(128, stride) for stride in (4, 8, 16, 64)),
+        _case(128, 8, reversed_=False),
+        _case(96, 4, causal=False, padded=True),
+        _case(256, 16),
     ]

@@ -59,7 +59,7 @@ def run(
     """Run benches, print a line per case and a table for each, and return everything, JSON-able.
 
     Args:
-        chosen: Names; none means every kernel.
+        chosen: Names; none means every kernel, then the suite itself.
         device: ``cpu`` or ``cuda``; without a CUDA device its cases are listed as not run.
         quick: Fewer and smaller cases, shorter timing.
         console: Rich console to print to, or None.
@@ -79,7 +79,7 @@ def run(
     environment.set_threads()
     here = environment.capture(device if _has(device) else "cpu")
     result: dict[str, Any] = {"environment": here, "quick": quick, "rows": [], "benches": {}}
-    for name in chosen or kernel_names():
+    for name in chosen or [*kernel_names(), *module_names()]:
         if name not in kernel_names():
             module = importlib.import_module(f"repro.bench.{name}")
             result["benches"][name] = module.run(quick=quick, console=console)

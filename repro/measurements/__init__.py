@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from repro.subjects import Subject, SubjectInfo
 
 
+def plain_metric(value: float, unit: str, *, n: int | None = None) -> dict[str, Any]:
+    """Return a metric that has no interval."""
+    return {"value": value, "low": None, "high": None, "n": n, "unit": unit}
+
+
 class ItemStore(Protocol):
     """Per-cell store of finished items; a batch is the unit of storing and resuming."""
 

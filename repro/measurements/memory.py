@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from repro.errors import UnsupportedCombination, check_rules
-from repro.measurements import CellContext, Measurement
+from repro.measurements import CellContext, Measurement, plain_metric
 from repro.measurements.latency import length_rule
 from repro.method import Patch
 from repro.subjects import SubjectInfo
@@ -143,17 +143,13 @@ def _metrics(
                 "n": len(values),
                 "unit": "bytes",
             }
-    metrics["dense_weight_bytes"] = _plain(weights, "bytes")
-    metrics["weight_bytes"] = _plain(int(stats.get("weight_bytes") or weights), "bytes")
+    metrics["dense_weight_bytes"] = plain_metric(weights, "bytes")
+    metrics["weight_bytes"] = plain_metric(int(stats.get("weight_bytes") or weights), "bytes")
     for name, phase in (("ratio", "prefill"), ("decode_ratio", "decode")):
         if medians["method" + phase] > 0:
             value = medians["dense" + phase] / medians["method" + phase]
-            metrics[name] = _plain(value, "x")
+            metrics[name] = plain_metric(value, "x")
     return metrics
-
-
-def _plain(value: float, unit: str) -> dict[str, Any]:
-    return {"value": value, "low": None, "high": None, "n": None, "unit": unit}
 
 
 class Meter:

@@ -60,6 +60,23 @@ def write_all(files: Mapping[Path, bytes], *, remove: Iterable[Path] = ()) -> li
     return list(files)
 
 
+def check_writable(folder: Path) -> None:
+    """Try whether ``write_all`` could write there, so that hours of work do not end in a fault.
+
+    Raises:
+        MachineFault: If not; nothing is left behind either way.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise MachineFault(
+            f"{folder}: cannot be written: {error.strerror or error}; make the folder writable, "
+            "choose another with --results, or run with --no-report"
+        ) from error
+
+
 def _same(path: Path, data: bytes) -> bool:
     try:
         return path.read_bytes() == data

@@ -62,15 +62,22 @@ def verify(name: str) -> None:
         raise MissingResource(
             f"zoo:{name}: {record} is missing; make the model with `repro zoo train {name}`"
         )
-    expected = json.loads(record.read_text(encoding="utf-8"))
+    restore = "restore it (git checkout, or reinstall)"
+    try:
+        expected = dict(json.loads(record.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise MissingResource(f"zoo:{name}: {record} is not readable: {error}; {restore}") from None
     found = checksum(folder)
     for file in sorted({*expected, *found}):
-        if expected.get(file) == found.get(file):
-            continue
-        state = "is missing" if file not in found else "differs from its recorded checksum"
-        raise MissingResource(
-            f"zoo:{name}: {folder / file} {state}; restore it (git checkout, or reinstall)"
-        )
+        wanted, got = (_short(sums.get(file)) for sums in (expected, found))
+        if wanted != got:
+            raise MissingResource(
+                f"zoo:{name}: {folder / file} must be {wanted}, got {got}; {restore}"
+            )
+
+
+def _short(checksum: str | None) -> str:
+    return f"SHA-256 {checksum[:12]}..." if checksum else "absent"
 
 
 def train(

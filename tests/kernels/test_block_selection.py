@@ -146,6 +146,25 @@ def test_offset_within_a_block_forces_both_diagonals():
     ]
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.8])
+def test_quirk_written_out_row_by_row(threshold):
+    mass = random_mass((1, 1, 8, 8))
+    kept = select_blocks(mass, threshold, block_size=16, quirk_rows=8)[0, 0]
+    for row in range(8):
+        shares = mass[0, 0, row, : row + 1].double().tolist()
+        need = threshold * sum(shares)
+        order = sorted(range(row), key=lambda j: -shares[j])
+        expected = {0, row}
+        before = [0.0]  # what is held before each block of the order, one place late
+        held = shares[row]
+        for block in order:
+            if before[-1] < need:
+                expected.add(block)
+            before.append(held)
+            held += shares[block]
+        assert set(kept[row].nonzero().flatten().tolist()) == expected, row
+
+
 def test_quirk_keeps_at_most_two_blocks_more():
     mass = random_mass((1, 4, 16, 16))
     clean = select_blocks(mass, 0.6, block_size=16)

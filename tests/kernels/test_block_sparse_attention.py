@@ -49,6 +49,8 @@ SMALL = [
     Shape(tokens_q=20, tokens_k=52, batch=2, block_q=16, block_k=32, padding=19),
     Shape(tokens_q=40, tokens_k=20, heads=2, kv_heads=1),
     Shape(tokens_q=33, tokens_k=47, causal=False, block_k=32, batch=2, padding=5),
+    # Several tiles in a key block, the last block partly filled.
+    Shape(tokens_q=40, tokens_k=200, heads=1, kv_heads=1, block_q=32, block_k=128),
 ]
 MEDIUM = [
     Shape(tokens_q=256, tokens_k=256, dim=64, block_q=128, block_k=128, heads=4, kv_heads=2),

@@ -4,16 +4,19 @@ import itertools
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from repro import manifest, report, runner
 from repro.errors import BadInput, MissingResource
 from repro.kernels.block_selection import causal_blocks
 from repro.method import Artifact
 from repro.methods.xattention import METHOD, XAttentionConfig
 from repro.methods.xattention.attention import estimator_chunk, xattention, xattention_mask
 from repro.methods.xattention.calibrate import needed_share
+from repro.plan import make_plan
 from repro.testing import qkv, tiny_subject, token_ids
 
 SMALL = {"stride": 4, "block_size": 16}
@@ -472,3 +475,46 @@ def test_patterns_choose_other_blocks(pattern):
     own = xattention_mask(q, k, XAttentionConfig(**SMALL), threshold=0.5)
     config = XAttentionConfig(**SMALL, pattern=pattern)
     assert not torch.equal(xattention_mask(q, k, config, threshold=0.5), own)
+
+
+# ---- the whole suite around it
+
+MANIFEST = Path(__file__).parents[2] / "manifests" / "xattention.yaml"
+
+
+@pytest.mark.parametrize("profile", ["embedded", "embedded-full"])
+def test_the_manifest_plans_every_comparison(profile):
+    plan = make_plan(manifest.load(MANIFEST, profile=profile), profile, device="cpu")
+    assert not plan.missing
+    cells = [planned.cell for planned in plan.cells]
+    assert {"ruler", "latency"} <= {cell["measurement"]["name"] for cell in cells}
+    controls = {cell["method"]["config"].get("control") for cell in cells}
+    assert {"none", "random"} <= controls
+
+
+def test_a_run_measures_dense_method_and_control(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "paper: xattention\n"
+        "profiles:\n"
+        "  small:\n"
+        "    subjects: [zoo:retriever]\n"
+        "    methods:\n"
+        "      - xattention: {threshold: 0.5, block_size: 32, stride: 8}\n"
+        "      - xattention: {threshold: 0.5, block_size: 32, stride: 8, control: random}\n"
+        "    measurements:\n"
+        "      - ruler: {tasks: [niah_single_1], lengths: [512], samples: 2, batch_size: 2}\n"
+    )
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    outcome = runner.run(
+        path, profile="small", runs=runs, executor="inline", device="cpu", quiet=True
+    )
+    assert outcome.counts == {"ok": 3}
+    density = [(r.get("patch") or {}).get("density") for r in outcome.records]
+    dense, *sparse = density
+    assert dense in (None, 1.0) and 0 < sparse[0] < 0.9
+    # The control keeps as many blocks.
+    assert sparse[1] == pytest.approx(sparse[0], rel=0.02)
+    report.write(["xattention"], runs=runs, results=results)
+    page = (results / "xattention" / "small.md").read_text()
+    assert "stride=8" in page or "S = 8" in page

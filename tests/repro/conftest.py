@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -297,3 +298,14 @@ def write_manifest(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def copied_zoo(tmp_path, monkeypatch):
+    """The folder of a copy of the retriever, which a test may damage; the zoo holds nothing else."""
+    from repro import zoo
+
+    folder = tmp_path / "zoo" / "retriever"
+    shutil.copytree(zoo.zoo_path("retriever"), folder)
+    monkeypatch.setattr(zoo, "_ROOT", folder.parent)
+    return folder

@@ -87,6 +87,17 @@ def test_run_twice(call, plugins, write_manifest):
     assert (code, out, err) == (0, "cells: 2 reused\n", "reused 2 of 2 cells\n")
 
 
+def test_results_that_cannot_be_written_are_told_before_the_run(
+    call, plugins, write_manifest, tmp_path
+):
+    place = tmp_path / "results"
+    place.write_text("")
+    words = [word for word in RUN if word != "--no-report"]
+    code, out, err = call("run", write_manifest(), *words, "--results", str(place))
+    assert (code, out) == (1, "") and len(err.splitlines()) == 1
+    assert f"error: {place}: cannot be written: Not a directory" in err
+
+
 def test_run_as_json_prints_nothing_else(call, plugins, write_manifest):
     code, out, err = call("run", write_manifest(), *RUN, "--json")
     summary = json.loads(out)
@@ -188,17 +199,12 @@ def test_zoo_verify_unknown_name(call):
     assert "must be a known name, got nobody" in err
 
 
-def test_zoo_verify_changed_checksum(call, monkeypatch):
-    from repro import zoo
-    from repro.errors import MissingResource
-
-    def verify(name):
-        raise MissingResource(f"zoo:{name}: model.safetensors differs; restore it")
-
-    monkeypatch.setattr(zoo, "verify", verify)
+def test_zoo_verify_changed_checksum(call, copied_zoo):
+    with (copied_zoo / "config.json").open("a") as stream:
+        stream.write(" ")
     code, out, _ = call("zoo", "verify", "--json")
     assert code == 1
-    assert {row["status"] for row in json.loads(out)} == {"differs"}
+    assert [row["status"] for row in json.loads(out)] == ["differs"]
 
 
 def test_verify_exit_code(call, monkeypatch):

@@ -1,10 +1,12 @@
 """The report: same records same bytes, nothing blank, nothing lost, nothing half-written."""
 
 import copy
+import errno
 import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -427,21 +429,33 @@ def test_an_empty_profile_prints_nothing(tmp_path):
     assert stream.getvalue() == ""
 
 
+def test_committed_results_follow_from_the_committed_records(tmp_path):
+    results = Path(__file__).parents[2] / "results"
+    shutil.copytree(results, tmp_path / "results")
+    pages = [path for path in (tmp_path / "results").rglob("*") if path.suffix in (".md", ".json")]
+    before = {path: path.read_bytes() for path in pages}
+    report.write(None, runs=tmp_path / "none", results=tmp_path / "results")
+    changed = [path.name for path in pages if path.read_bytes() != before[path]]
+    assert not changed, f"call `repro report` and commit: {changed}"
+
+
 # Disk
 
 
 @pytest.mark.parametrize("place", ["mkstemp", "replace"])
-def test_a_full_disk_leaves_the_old_results(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_leaves_the_old_results(tmp_path, monkeypatch, place, code):
     commit(tmp_path, campaign(items=10))
     report.write(["xattention"], runs=tmp_path / "none", results=tmp_path)
     commit(tmp_path, campaign(items=12))
     before = contents(tmp_path)
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(files.tempfile if place == "mkstemp" else files.os, place, full)
-    with pytest.raises(MachineFault, match=r"No space left on device.*repro report") as caught:
+    text = rf"{os.strerror(code)}.*repro report"
+    with pytest.raises(MachineFault, match=text) as caught:
         report.write(["xattention"], runs=tmp_path / "none", results=tmp_path)
     assert "\n" not in str(caught.value)
     assert contents(tmp_path) == before
@@ -454,12 +468,20 @@ def test_results_in_the_place_of_a_file_is_one_clear_line(tmp_path):
         report.write(["xattention"], runs=tmp_path / "runs", results=tmp_path / "results")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
-def test_a_read_only_folder(tmp_path):
-    store(tmp_path / "runs", [timed(4096, 1.0)])
-    (tmp_path / "results").mkdir(mode=0o500)
-    with pytest.raises(MachineFault, match="Permission denied"):
-        report.write(["xattention"], runs=tmp_path / "runs", results=tmp_path / "results")
+def test_a_folder_is_tried_before_it_is_needed(tmp_path, monkeypatch):
+    files.check_writable(tmp_path / "not" / "yet")
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(**kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(MachineFault, match=r"Read-only file system; .*--no-report"):
+        files.check_writable(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.undo()
+    with pytest.raises(MachineFault, match="Not a directory"):
+        files.check_writable(tmp_path / "file")
 
 
 # Kernels

@@ -81,6 +81,7 @@ def test_an_altered_line_is_redone_and_the_others_are_kept(path):
         assert [items.get(f"k{i}") is not None for i in range(5)] == [True, False] * 2 + [True]
         items.put([("k1", {"score": 1}), ("k3", {"score": 3})])
     assert "2 unreadable lines set aside in items.jsonl.corrupt" in warnings[0]
+    assert "/items.jsonl:2: " in warnings[0]
     assert path.with_name("items.jsonl.corrupt").read_bytes() == lines[1] + lines[3]
     with ItemFile(path) as items:
         assert len(items) == 5

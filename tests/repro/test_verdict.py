@@ -41,6 +41,7 @@ def claim(query=None, **changes):
         "margin": None,
         "scope": "single",
         "min_items": 0,
+        "min_draws": 0,
         "query": asked,
     }
     return Claim(**{**values, **changes})
@@ -204,6 +205,41 @@ def test_the_configuration_must_match_and_controls_do_not_count():
     assert verdict.judge(asked, Evidence(records)).verdict == "reproduced"
 
 
+def test_fields_that_a_claim_does_not_name_are_at_their_defaults():
+    asked = claim({"config": {"stride": 8}})
+    own = timed(4096, 2.4, config={**CONFIG, "stride": 8})
+    ablation = timed(4096, 1.1, config={**CONFIG, "stride": 8, "pattern": "diagonal"})
+    assert verdict.judge(asked, Evidence([ablation])).verdict == "not run"
+    found = verdict.judge(asked, Evidence([own, ablation]))
+    assert found.measured.value == 2.4 and "configurations" not in found.reason
+    both = claim({"config": {"stride": 8, "pattern": ("antidiagonal", "diagonal")}})
+    assert verdict.judge(both, Evidence([own, ablation])).measured.value == 1.1
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        ({"min_items": 13}, "12 items a task, needs 13 (1 more)"),
+        ({"min_draws": 10}, "3 draws of the control, needs 10 (7 more)"),
+        ({"min_items": 12, "min_draws": 3}, None),
+    ],
+)
+def test_the_pairs_and_draws_of_a_control_count(needs, reason):
+    cells = campaign(items=40, draws=3)
+    for one in cells:
+        if one["cell"]["method"]["config"].get("control") == "random":
+            for name, column in one["items"].items():
+                one["items"][name] = column[:12]
+    query = {"measurement": "ruler", "compare": "minus_control", "options": {"length": 4096}}
+    found = verdict.judge(
+        claim(query, value=0.0, strict=True, unit="points", **needs), Evidence(cells)
+    )
+    if reason is None:
+        assert found.verdict == "reproduced"
+    else:
+        assert found.verdict == "too few items" and found.reason == reason
+
+
 def test_too_few_items_says_how_many_more():
     cells = [
         scored("vt", 4096, [1.0] * 20, method=m, density=d)
@@ -249,9 +285,10 @@ def test_one_failed_task_spoils_a_mean():
 
 def test_best_of_takes_the_best_and_single_the_least_favourable():
     cells = [timed(4096, r, config={**CONFIG, "stride": s}) for s, r in ((4, 1.2), (8, 2.4))]
-    best = verdict.judge(claim(scope="best_of"), Evidence(cells))
+    either = {"config": {"stride": (4, 8)}}
+    best = verdict.judge(claim(either, scope="best_of"), Evidence(cells))
     assert best.measured.value == 2.4 and "best of 2" in best.reason
-    single = verdict.judge(claim(), Evidence(cells))
+    single = verdict.judge(claim(either), Evidence(cells))
     assert single.measured.value == 1.2 and single.verdict == "not reproduced"
 
 
@@ -327,7 +364,8 @@ def test_density_is_in_percent_and_ratios_meet_in_the_geometric_mean():
 def clash(density, phase="prefill", **changes):
     cells = [scored(t, 4096, [1.0] * 5, density=d) for t, d in (("vt", 0.40), ("cwe", 0.50))]
     fast = timed(4096, 3.0, phase=phase, density=density, **changes)
-    return verdict.judge(claim(proxy=True), Evidence([*cells, fast]))
+    asked = claim({"config": {"stride": (4, 16)}}, proxy=True)
+    return verdict.judge(asked, Evidence([*cells, fast]))
 
 
 @pytest.mark.parametrize(

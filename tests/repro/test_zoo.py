@@ -1,5 +1,4 @@
 import json
-import shutil
 import subprocess
 import sys
 
@@ -48,26 +47,23 @@ def test_names_and_paths():
         zoo.zoo_path("retreiver")
 
 
-@pytest.fixture
-def copied_zoo(tmp_path, monkeypatch):
-    shutil.copytree(zoo.zoo_path("retriever"), tmp_path / "retriever")
-    monkeypatch.setattr(zoo, "_ROOT", tmp_path)
-    return tmp_path / "retriever"
-
-
 def test_a_changed_weight_is_refused(copied_zoo):
     zoo.verify("retriever")
     path = copied_zoo / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(MissingResource, match=r"model.safetensors differs from its recorded"):
+    text = r"model.safetensors must be SHA-256 \w{12}..., got SHA-256 \w{12}...; restore it"
+    with pytest.raises(MissingResource, match=text):
         zoo.verify("retriever")
 
 
 def test_an_absent_file_is_refused(copied_zoo):
     (copied_zoo / "config.json").unlink()
-    with pytest.raises(MissingResource, match=r"config.json is missing"):
+    with pytest.raises(MissingResource, match=r"config.json must be SHA-256 .*, got absent"):
+        zoo.verify("retriever")
+    (copied_zoo / "checksums.json").write_text('{"config.json": ')
+    with pytest.raises(MissingResource, match=r"checksums.json is not readable: .*; restore it"):
         zoo.verify("retriever")
     (copied_zoo / "checksums.json").unlink()
     with pytest.raises(MissingResource, match="repro zoo train retriever"):

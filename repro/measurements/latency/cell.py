@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from repro import roofline, timing
-from repro.measurements import CellContext
+from repro.measurements import CellContext, plain_metric
 from repro.measurements.latency.explain import attention_share, explanation
 from repro.measurements.latency.work import Work, make_work
 from repro.method import Patch
@@ -156,18 +156,14 @@ def _metrics(
     }
     density = stats.get(work.density_key)
     if density is not None:
-        found["density"] = _plain(float(density), "")
+        found["density"] = plain_metric(float(density), "")
     if selection is not None:
-        found["selection_ms"] = _plain(1e3 * selection / work.steps, "ms")
+        found["selection_ms"] = plain_metric(1e3 * selection / work.steps, "ms")
     return found
 
 
 def _per_step(interval: dict[str, float], steps: int, blocks: int) -> dict[str, Any]:
     return {name: value / steps for name, value in interval.items()} | {"n": blocks, "unit": "ms"}
-
-
-def _plain(value: float, unit: str) -> dict[str, Any]:
-    return {"value": value, "low": None, "high": None, "n": None, "unit": unit}
 
 
 def _raw(result: Comparison, work: Work) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from repro.errors import UnsupportedCombination
-from repro.measurements import CellContext, Measurement
+from repro.measurements import CellContext, Measurement, plain_metric
 from repro.measurements.ruler.options import RulerOptions, estimate_seconds, expand
 
 
@@ -124,13 +124,8 @@ def _metrics(
                 "unit": "%",
             }
     counts = [generation["new_tokens"] for generation in generations]
-    metrics["new_tokens"] = {
-        "value": sum(counts) / len(counts),
-        "low": None,
-        "high": None,
-        "n": len(counts),
-        "unit": "tokens",
-    }
+    mean = sum(counts) / len(counts)
+    metrics["new_tokens"] = plain_metric(mean, "tokens", n=len(counts))
     return metrics
 
 
