@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -252,13 +252,33 @@ class Evidence:
         A control may have seen fewer items than the method: the shared ones count. Only draws
         that every cell has in full are kept; None if a cell has no control at all.
         """
+
+        def difference(record: Record, other: Record) -> Array | None:
+            pair = paired_scores(record, other)
+            return None if pair is None else pair[0] - pair[1]
+
+        return self._over_draws(records, control, difference)
+
+    def control_scores(self, records: Iterable[Record], control: str) -> Array | None:
+        """Return ``[draws, items]`` scores of a control, over all given cells of its method.
+
+        Only draws that every cell has in full are kept; None if a cell has no control at all.
+        """
+        return self._over_draws(records, control, lambda record, other: scores_of(other))
+
+    def _over_draws(
+        self,
+        records: Iterable[Record],
+        control: str,
+        values: Callable[[Record, Record], Array | None],
+    ) -> Array | None:
         cells = []
         for record in records:
             by_draw: dict[int, Array] = {}
             for other in self.controls_of(record, control):
-                pair = paired_scores(record, other)
-                if pair is not None:
-                    by_draw[draw_of(other)] = pair[0] - pair[1]
+                found = values(record, other)
+                if found is not None:
+                    by_draw[draw_of(other)] = found
             if not by_draw:
                 return None
             most = max(delta.size for delta in by_draw.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 from repro import registry
@@ -12,6 +11,7 @@ from repro.keys import jsonable
 from repro.method import Method
 from repro.plan import Plan
 from repro.progress import duration
+from repro.store import RunStore
 
 Row = dict[str, Any]
 
@@ -42,11 +42,7 @@ def method(slug: str) -> Row:
 
 def plan(made: Plan, runs: str) -> Row:
     """Return a plan with what is done already in a run store (on any machine)."""
-    done = {
-        cell.key
-        for cell in made.cells
-        if any((Path(runs) / "cells" / cell.key[:2] / cell.key).glob("*/record.json"))
-    }
+    done = RunStore(runs).done(cell.key for cell in made.cells)
     listing = made.to_json()
     for cell in listing["cells"]:
         cell["done"] = cell["key"] in done

@@ -202,7 +202,9 @@ class _Reader:
         ]
         found: dict[int, dict[str, dict[str, Any]]] = {}
         for index, value in enumerate(methods if isinstance(methods, list) else ()):
-            slug, options = next(iter(value.items())) if isinstance(value, dict) else ("", None)
+            if not isinstance(value, dict) or len(value) != 1:
+                continue
+            [(slug, options)] = value.items()
             if not isinstance(options, dict) or "only" not in options:
                 continue
             place = (*at, "methods", index, slug, "only")

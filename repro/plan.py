@@ -15,7 +15,7 @@ from typing import Any
 
 from repro import measurements, registry
 from repro.errors import BadInput, Fault
-from repro.keys import SourceDigests, canonical_json, digest, jsonable, library_versions
+from repro.keys import SourceDigests, canonical_json, digest, library_versions
 from repro.manifest import applies
 from repro.measurements import Measurement
 from repro.method import Method
@@ -280,15 +280,12 @@ class _Planner:
             return None
         spec = method.calibration_data
         data = {"count": spec.count, "length": spec.length, "seed": spec.seed} if spec else {}
-        # A configuration may say which of its fields calibration reads, so that others share it.
-        reduced = getattr(entry.config_object, "calibration_key", None)
-        config = jsonable(reduced()) if callable(reduced) else entry.config
         identity = {
             "subject": info.name,
             "subject_revision": info.revision,
             "device": self.device,
             "dtype": self.profile.dtype,
-            "method": {"slug": entry.slug, "config": config},
+            "method": {"slug": entry.slug, "config": entry.config},
             "data": data,
             "sources": [
                 self._method_digest(entry.slug),

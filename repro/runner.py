@@ -80,7 +80,7 @@ def run(
     module = executors.get(name)
     with RunStore(runs).lock():
         machine = machine_of(plan.device)
-        estimate = plan.estimate_seconds
+        estimate = sum(planned.estimate_seconds for planned in selected)
         with listener_for(len(selected), estimate, quiet=quiet) as listener:
             store = RunStore(runs, warn=listener.message)
             store.write_index(plan.to_json(), plan.manifest)

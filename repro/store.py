@@ -382,6 +382,15 @@ class RunStore:
         record = self.cell(key, environment).read_record(warn=self.warn)
         return None if record is None or record.get("status") in RETRIED else record
 
+    def done(self, keys: Iterable[str]) -> set[str]:
+        """Return the cells that some machine has finished."""
+        found = set()
+        for key in keys:
+            statuses = {(f.read_record() or {}).get("status", "not_run") for f in self.folders(key)}
+            if statuses - RETRIED:
+                found.add(key)
+        return found
+
     def write_index(self, plan: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Keep the resolved manifest and the ordered cells of a run (``Plan.to_json()``)."""
         path = self.root / plan["name"] / plan["profile"] / f"{plan['device']}.json"
@@ -408,31 +417,25 @@ class RunStore:
         found = [(place.parent.name, place.name) for place in places]
         return sorted(run for run in found if run[0] not in _NOT_RUNS)
 
-    def records(
-        self, name: str, profile: str, *, environment: str | None = None
-    ) -> list[dict[str, Any]]:
+    def records(self, name: str, profile: str) -> list[dict[str, Any]]:
         """Return the records of a run in the plan's order, of every machine that made some.
 
         A planned cell without a record appears as ``not_run``. ``cell`` holds the paper, profile
         and label of this run, also where the record was made for another profile.
-
-        Args:
-            environment: Only records of this machine (a folder name, ``environment_key``).
         """
         found = []
         for index in self.indexes(name, profile):
             for entry in index["cells"]:
-                found += self._records_of(entry, environment)
+                found += self._records_of(entry)
         return found
 
-    def _records_of(self, entry: dict[str, Any], environment: str | None) -> list[dict[str, Any]]:
+    def _records_of(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         key, cell = entry["key"], entry["cell"]
         records = []
         for folder in self.folders(key):
-            if environment is None or folder.path.name == environment:
-                record = folder.read_record(warn=self.warn)
-                if record is not None:
-                    records.append({**record, "cell": cell})
+            record = folder.read_record(warn=self.warn)
+            if record is not None:
+                records.append({**record, "cell": cell})
         return records or [make_record(key, cell, "not_run", "planned and not run yet")]
 
     @contextlib.contextmanager

@@ -70,7 +70,6 @@ class Session:
     address: str | None = None
     artifacts: str | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    computed: int = 0
     _oom_lengths: dict[str, int] = field(default_factory=dict)
     _speed: list[tuple[float, float]] = field(default_factory=list)
 
@@ -119,7 +118,6 @@ class Session:
 
     def finish(self, planned: PlannedCell, record: dict[str, Any]) -> None:
         """Take in the record of a cell that ran."""
-        self.computed += 1
         if record["status"] == "ok" and planned.estimate_seconds > 0:
             # A subject loads once for many cells: its time says nothing of the next cell's.
             seconds = record.get("seconds", 0.0) - record.get("load_seconds", 0.0)

@@ -345,12 +345,9 @@ def _task_row(task: str, cells: Sequence[Record], records: Evidence) -> Row:
 
 
 def _control_score(cells: Sequence[Record], records: Evidence, control: str) -> Interval | None:
-    drawn = [records.controls_of(record, control) for record in cells]
-    if not drawn or not all(drawn):
+    scores = records.control_scores(cells, control)
+    if scores is None:
         return None
-    rows = [[evidence.scores_of(other) for other in others] for others in drawn]
-    count = min(map(len, rows))
-    stacked = np.stack([np.concatenate([row[i] for row in rows]) for i in range(count)])
-    if count == 1:
-        return statistics.mean_interval(stacked[0]).scaled(100)
-    return statistics.crossed_interval(stacked, bounds=(0, 1)).scaled(100)
+    if len(scores) == 1:
+        return statistics.mean_interval(scores[0]).scaled(100)
+    return statistics.crossed_interval(scores, bounds=(0, 1)).scaled(100)

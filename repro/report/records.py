@@ -34,7 +34,16 @@ def gather(slug: str, *, runs: Path, results: Path) -> list[Record]:
         if name == slug
         for record in store.records(name, profile)
     ]
-    kept = list(read_committed(results / slug / "records"))
+    # What a machine has run again, it has run by the manifest of now: its cells of an older one,
+    # with fewer items say, would count beside the new ones.
+    planned = {_identity(record, machine=False) for record in fresh}
+    again = {(_profile(record), _machine(record)) for record in fresh}
+    kept = [
+        record
+        for record in read_committed(results / slug / "records")
+        if (_profile(record), _machine(record)) not in again
+        or _identity(record, machine=False) in planned
+    ]
     return merge([*fresh, *kept])
 
 
@@ -49,6 +58,10 @@ def merge(records: Iterable[Record]) -> list[Record]:
     found = _without_stale(list(newest.values()))
     done = {_identity(record, machine=False) for record in found if _machine(record)}
     return [r for r in found if _machine(r) or _identity(r, machine=False) not in done]
+
+
+def _profile(record: Record) -> str:
+    return str(record["cell"].get("profile"))
 
 
 def _machine(record: Record) -> str:
@@ -85,8 +98,7 @@ def _without_stale(records: list[Record]) -> list[Record]:
 
 
 def _forms(record: Record) -> Iterator[tuple[tuple[str, ...], str]]:
-    cell, machine = record["cell"], _machine(record)
-    profile = str(cell.get("profile"))
+    cell, machine, profile = record["cell"], _machine(record), _profile(record)
     revision = str(cell.get("subject_revision", ""))
     yield ("subject", profile, machine, cell["subject"]), revision
     method = cell["method"]

@@ -153,6 +153,11 @@ BAD = {
         {"methods": "[{fake: {}, dense: {}}]"},
         "must be a method: a name, or one name with its options",
     ),
+    "two names in an entry with only": (
+        {"methods": "[{fake: {}, dense: {only: {nop: {}}}}]"},
+        "must be a method: a name, or one name with its options",
+    ),
+    "an empty entry": ({"methods": "[{}]"}, "must be a method: a name, or one name"),
     "options that are no mapping": (
         {"methods": "[{fake: 3}]"},
         "profiles.p.methods[0] must be a mapping of options, got 3",

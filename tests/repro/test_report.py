@@ -148,6 +148,35 @@ def test_a_planned_cell_disappears_when_a_machine_has_run_it():
     assert records.merge([planned, ran, other]) == [ran, other]
 
 
+def test_cells_that_the_manifest_no_longer_has_go_when_a_machine_runs_again(tmp_path):
+    before = campaign(items=10) + campaign(items=10, environment=GPU)
+    commit(tmp_path, before)
+    now = campaign(items=20)  # other cells: the number of items is one of their options
+    store(tmp_path / "runs", now)
+    found = records.gather("xattention", runs=tmp_path / "runs", results=tmp_path)
+    here = [r for r in found if r["environment"]["environment_id"] == CPU["environment_id"]]
+    assert {r["key"] for r in here} == {r["key"] for r in now}
+    assert len(found) - len(here) == len(campaign(items=10))
+    # A run of some cells keeps the others, as long as they are planned.
+    part = [{**r, "status": "not_run", "environment": None} for r in before[1:] if r in before[:8]]
+    commit(tmp_path / "part", before)
+    store(tmp_path / "some", [campaign(items=10)[0], *part])
+    kept = records.gather("xattention", runs=tmp_path / "some", results=tmp_path / "part")
+    assert {r["key"] for r in before[:8]} <= {r["key"] for r in kept}
+
+
+def test_draws_of_a_control_with_fewer_items_are_left_out():
+    cells = campaign(items=20, draws=3)
+    for one in cells:
+        if one["cell"]["method"]["config"].get("draw") == 2:
+            for name, column in one["items"].items():
+                one["items"][name] = column[:5]
+    made = page.build(for_method("xattention"), "embedded", cells, images=False)
+    assert "minus random" in made.markdown()
+    method = next(r for r in cells if r["cell"]["method"]["config"].get("control") == "none")
+    assert Evidence(cells).control_scores([method], "random").shape == (2, 20)
+
+
 def test_committed_records_come_back_whole(tmp_path):
     found = records.merge(campaign(items=15))
     commit(tmp_path, found)

@@ -255,8 +255,9 @@ def test_records_of_a_run_in_order_with_what_is_missing(tmp_path):
     found = [(entry["key"], entry["status"]) for entry in store.records("toy", "p")]
     assert found == [("cc", "ok"), ("cc", "oom"), ("aa", "ok"), ("bb", "not_run")]
     assert all(entry["cell"]["profile"] == "p" for entry in store.records("toy", "p"))
-    only = [entry["status"] for entry in store.records("toy", "p", environment="gpu-2")]
-    assert only == ["oom", "not_run", "not_run"]
+    assert store.done(["cc", "aa", "bb"]) == {"cc", "aa"}
+    store.cell("bb", "cpu-1").write_record(record("bb", "crashed"))
+    assert "bb" not in store.done(["bb"])
     assert store.runs() == [("toy", "p")]
     assert store.records("toy", "q") == []
 
