@@ -33,8 +33,6 @@ def examine(runs: Path = Path("runs")) -> list[Finding]:
         lambda: _library("lm-eval", "ruler", "pip install lm-eval", module="lm_eval"),
         lambda: _library("ray", "--executor ray", "pip install 'repro[cluster]'"),
         lambda: _library("nltk", "ruler with source: hub", "pip install 'repro[ruler-hub]'"),
-        lambda: _library("vllm", "vllm: subjects", "pip install 'repro[serve]'"),
-        lambda: _library("diffusers", "video subjects", "pip install 'repro[video]'"),
         _threads,
         _memory,
         lambda: _disk(runs),

@@ -210,8 +210,8 @@ def print_logs(found: list[Row]) -> None:
         print("no such cell has run yet")
     for row in found:
         print(f"{row['label']} ({row['key'][:12]})\n{row['status']}: {row['message'] or 'fine'}")
-        if row["log"]:
-            print(row["log"])
+        for text in filter(None, (row["output"], row["log"])):
+            print(text)
 
 
 def _done(state: Row) -> int:

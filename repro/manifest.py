@@ -119,11 +119,15 @@ class _Reader:
             profile = self._profile(name, raw, ("profiles", name))
             if profile is not None:
                 profiles[name] = profile
+        name = paper or Path(self.file.path).stem
+        if paper is None and not re.match(NAME_PATTERN, name):
+            rule = "a plain word (letters, digits, - _ .): its results are named after it"
+            self.faults.append(Fault(self.file.where(()), "the name of the manifest", rule, name))
         if self.faults:
             raise BadInput(dict.fromkeys(self.faults))
         return Manifest(
             path=self.file.path,
-            name=paper or Path(self.file.path).stem,
+            name=name,
             paper=paper,
             profiles=profiles,
             infos=self.infos,

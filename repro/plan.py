@@ -120,18 +120,24 @@ class Plan:
         }
 
 
-def make_plan(manifest: Manifest, profile: str = "embedded", *, device: str = "auto") -> Plan:
+def make_plan(
+    manifest: Manifest, profile: str = "embedded", *, device: str = "auto", cluster: bool = False
+) -> Plan:
     """Return the plan of one profile.
 
     Args:
         manifest: A checked manifest.
         profile: Name of the profile.
         device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is a device).
+        cluster: A Ray cluster is to run it, whose head may lack what its workers have: ``auto``
+            is then CUDA where the profile asks for GPUs.
 
     Raises:
         BadInput: If the profile or the device is unknown.
     """
     chosen = manifest.profile(profile)
+    if cluster and device != "cpu" and (device == "cuda" or chosen.resources.get("gpus")):
+        return _Planner(manifest, chosen, "cuda").plan()
     return _Planner(manifest, chosen, resolve_device(device)).plan()
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from repro import executors, manifest, status
 from repro.errors import BadInput, Fault, MissingResource
-from repro.plan import make_plan
+from repro.plan import make_plan, resolve_device
 from repro.progress import Listener, Together, listener_for
-from repro.store import RunStore, environment_key
+from repro.store import RunStore
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
@@ -74,12 +74,13 @@ def run(
     """
     seconds = None if budget is None else parse_duration(budget)
     checked = manifest.load(path, profile=profile)
-    plan = make_plan(checked, profile, device=device)
+    plan = make_plan(checked, profile, device=device, cluster=address is not None)
     selected = plan.select(only)
     name = executors.choose(plan, address=address) if executor == "auto" else executor
     module = executors.get(name)
     with RunStore(runs).lock():
-        machine = machine_of(plan.device)
+        # The driver of a cluster may have no GPU itself.
+        environment = environment_of("cpu" if plan.device == "cpu" else resolve_device("auto"))
         estimate = sum(planned.estimate_seconds for planned in selected)
         with listener_for(len(selected), estimate, quiet=quiet) as listener:
             store = RunStore(runs, warn=listener.message)
@@ -90,7 +91,7 @@ def run(
                     plan=plan,
                     selected=selected,
                     store=store,
-                    machine=machine,
+                    environment=environment,
                     listener=Together(listener, journal, *([also] if also else [])),
                     fresh=fresh,
                     deadline=None if seconds is None else time.monotonic() + seconds,
@@ -119,9 +120,9 @@ def parse_duration(text: str) -> float:
     return float(match.group(1)) * _UNITS[match.group(2)]
 
 
-def machine_of(device: str) -> str:
-    """Return the key of this machine; fixes the number of threads."""
+def environment_of(device: str) -> dict[str, Any]:
+    """Return what records say of this machine; fixes the number of threads."""
     from repro import environment
 
     environment.set_threads()
-    return environment_key(environment.capture(device))
+    return environment.capture(device)

@@ -180,8 +180,8 @@ def logs(store: RunStore, name: str, profile: str, cell: str) -> list[dict[str, 
         cell: The beginning of a key, or text or a shell pattern of a label.
 
     Returns:
-        Per record ``key``, ``status``, ``message``, ``label``, ``log`` (text, empty if none); none
-        for a cell that has not run.
+        Per record ``key``, ``status``, ``message``, ``label``, ``log`` (the traceback) and
+        ``output`` (what it printed), empty if none; no record for a cell that has not run.
 
     Raises:
         BadInput: If no cell matches.
@@ -195,7 +195,8 @@ def logs(store: RunStore, name: str, profile: str, cell: str) -> list[dict[str, 
             record = folder.read_record(warn=store.warn)
             if record is not None:
                 told = {name: record[name] for name in ("key", "status", "message")}
-                found.append({**told, "label": labels[key], "log": folder.read_log()})
+                texts = {"log": folder.read_log(), "output": folder.read_output()}
+                found.append({**told, "label": labels[key], **texts})
     if not chosen:
         remedy = near_matches(cell, labels.values())
         rule = f"part of a label or of a key of {name}/{profile}"

@@ -301,10 +301,11 @@ class CellFolder:
 
     def read_log(self) -> str:
         """Return the traceback of a failure, empty if there is none."""
-        try:
-            return self.log_path.read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
+        return _text_of(self.log_path)
+
+    def read_output(self) -> str:
+        """Return what the cell printed, empty if nothing."""
+        return _text_of(self.output_path)
 
     def write_output(self, data: bytes) -> None:
         """Keep what the cell printed."""
@@ -359,6 +360,13 @@ class CellFolder:
                 if path.exists():
                     os.replace(path, path.with_name(path.name + ".previous"))
             self.fatal_path.unlink(missing_ok=True)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 class RunStore:
@@ -436,7 +444,9 @@ class RunStore:
             record = folder.read_record(warn=self.warn)
             if record is not None:
                 records.append({**record, "cell": cell})
-        return records or [make_record(key, cell, "not_run", "planned and not run yet")]
+        # What one machine has left out another one has done.
+        ran = [record for record in records if record["status"] != "not_run"]
+        return ran or records[:1] or [make_record(key, cell, "not_run", "planned and not run yet")]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

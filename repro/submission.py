@@ -34,6 +34,7 @@ MARK = "@repro"
 # Ray cuts longer lines of a log.
 LINE_BYTES = 8000
 AGENT_SECONDS = 60.0
+RECONNECTS, RECONNECT_SECONDS = 20, 60.0
 _LINE = re.compile(rf"{MARK} (\S+) (\d+)/(\d+) ([0-9a-f]{{8}}) (\S*)$")
 # What a job may write here, and nothing else: a log is no reason to trust paths.
 _PLACES = re.compile(
@@ -117,12 +118,50 @@ def follow(
         raise BadInput(Fault("submit", "--attach", f"a job of {address}", job)) from error
     inbox = Inbox(RunStore(runs))
     with inbox.store.lock():
-        asyncio.run(_read_log(client.tail_job_logs(job), inbox, say))
-    status = client.get_job_status(job)
+        status = _follow(client, job, inbox, say)
     if status != "SUCCEEDED":
         reason = (client.get_job_info(job).message or "").strip().splitlines()
         say(f"job {job}: {status.value.lower()}; {reason[-1] if reason else 'see its log'}")
     return bool(status == "SUCCEEDED")
+
+
+def _follow(client: Any, job: str, inbox: Inbox, say: Callable[[str], None]) -> Any:
+    """Read the log until the job ends, from its start again where the connection breaks."""
+    said = 0
+    for left in reversed(range(RECONNECTS)):
+        lines = _Unsaid(said, say)
+        try:
+            asyncio.run(_read_log(client.tail_job_logs(job), inbox, lines))
+            return client.get_job_status(job)
+        except (RuntimeError, OSError) as error:
+            said = lines.count
+            if not left or not _answers(client, job, RECONNECT_SECONDS):
+                attach = f"go on with --attach {job}"
+                raise MachineFault(f"submit: the connection is lost: {error}; {attach}") from error
+
+
+class _Unsaid:
+    """Passes on the lines after the first ones, which were said before."""
+
+    def __init__(self, skip: int, say: Callable[[str], None]) -> None:
+        self.skip, self.say = skip, say
+        self.count = 0
+
+    def __call__(self, line: str) -> None:
+        self.count += 1
+        if self.count > self.skip:
+            self.say(line)
+
+
+def _answers(client: Any, job: str, seconds: float) -> bool:
+    """Wait until the job server answers again; tell whether it does."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(RuntimeError, OSError):
+            client.get_job_status(job)
+            return True
+        time.sleep(1.0)
+    return False
 
 
 async def _read_log(chunks: AsyncIterator[str], inbox: Inbox, say: Callable[[str], None]) -> None:

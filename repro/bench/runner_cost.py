@@ -99,7 +99,7 @@ def _cell_costs(folder: Path, cells: int) -> tuple[Cost, Cost, Cost]:
         assert len(outcome.records) == cells
 
     # The state of the machine is asked once a process; its first call is no cost of a cell.
-    runner.machine_of("cpu")
+    runner.environment_of("cpu")
     planned = _cost(lambda: make_plan(manifest.load(path), "noop", device="cpu"))
     return _cost(go), _cost(go), planned
 

@@ -19,7 +19,7 @@ from repro.errors import BadInput, Fault, near_matches
 from repro.keys import canonical_json
 from repro.plan import Plan, PlannedCell
 from repro.progress import Listener
-from repro.store import CellFolder, RunStore, make_record, now
+from repro.store import CellFolder, RunStore, environment_key, make_record, now
 
 
 def names() -> list[str]:
@@ -42,8 +42,8 @@ def get(name: str) -> Any:
 def choose(plan: Plan, *, address: str | None) -> str:
     """Return the executor that ``auto`` stands for.
 
-    Ray where it has something to schedule: several subject groups, GPUs or a running cluster. For
-    one group on one machine it would only add its start.
+    Ray where it has something to schedule: several subject groups or a running cluster. For one
+    group on one machine it would only add its start.
     """
     has_ray = importlib.util.find_spec("ray") is not None
     wants_ray = bool(address) or len(plan.groups()) > 1
@@ -56,14 +56,14 @@ class Session:
 
     Attributes:
         selected: The cells that this run is to do, in the plan's order.
-        machine: ``environment_key`` of this machine.
+        environment: What records say of this machine.
         deadline: ``time.monotonic()`` at which the budget ends, None without one.
     """
 
     plan: Plan
     selected: Sequence[PlannedCell]
     store: RunStore
-    machine: str
+    environment: dict[str, Any]
     listener: Listener
     fresh: bool = False
     deadline: float | None = None
@@ -72,6 +72,11 @@ class Session:
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     _oom_lengths: dict[str, int] = field(default_factory=dict)
     _speed: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def machine(self) -> str:
+        """The name of this machine's folder in the store."""
+        return environment_key(self.environment)
 
     def pending(self) -> list[PlannedCell]:
         """Report the cells that are done already and return the others, in running order."""
@@ -99,13 +104,20 @@ class Session:
     def folder(self, planned: PlannedCell) -> CellFolder:
         return self.store.cell(planned.key, self.machine)
 
-    def settled_without_running(self, planned: PlannedCell) -> bool:
-        """Settle a cell that need not or cannot run now; tell whether that was so."""
+    def settled_without_running(
+        self, planned: PlannedCell, *, environment: dict[str, Any] | None = None
+    ) -> bool:
+        """Settle a cell that need not or cannot run now; tell whether that was so.
+
+        Args:
+            planned: The cell.
+            environment: The machine that would run it, if not this one.
+        """
         length = planned.cell["measurement"]["options"].get("length")
         shortest = self._oom_lengths.get(chain_of(planned))
         if shortest is not None and isinstance(length, int) and length > shortest:
             message = f"out of memory at length {shortest} already"
-            self.settle(planned, "implied", message)
+            self.settle(planned, "implied", message, environment=environment)
             return True
         if self.deadline is not None:
             left = self.deadline - time.monotonic()
@@ -128,10 +140,28 @@ class Session:
         """Take in a record that another machine of the cluster has made before."""
         self._note(planned, record, cached=True)
 
-    def settle(self, planned: PlannedCell, status: str, message: str) -> dict[str, Any]:
-        """Write and report the record of a cell that a worker did not run to its end."""
-        record = make_record(planned.key, planned.cell, status, message, created=now(), seconds=0.0)
-        self.folder(planned).write_record(record)
+    def settle(
+        self,
+        planned: PlannedCell,
+        status: str,
+        message: str,
+        *,
+        environment: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Write and report the record of a cell that a worker did not run to its end.
+
+        Args:
+            planned: The cell.
+            status: ``not_run`` is of no machine; all else counts among the results of one.
+            message: Why.
+            environment: The machine it failed on, if not this one.
+        """
+        body: dict[str, Any] = {"created": now(), "seconds": 0.0}
+        if status != "not_run":
+            body["environment"] = environment or self.environment
+        record = make_record(planned.key, planned.cell, status, message, **body)
+        machine = environment_key(environment or self.environment)
+        self.store.cell(planned.key, machine).write_record(record)
         self._note(planned, record, cached=False)
         return record
 

@@ -32,16 +32,15 @@ class CellActor:
             self.shared = False
         self._warnings: list[str] = []
         self._progress = (0, 0)
+        self._key = ""
         root = runs if self.shared else tempfile.mkdtemp(prefix="repro-")
         self.worker = Worker(RunStore(root, warn=self._warnings.append), artifacts=artifacts)
         self._items: Path | None = None
 
     def ready(self, device: str) -> dict[str, Any]:
         """Return which machine this is, whether its device computes and it shares the store."""
-        from repro.store import environment_key
-
         return {
-            "machine": environment_key(self.worker.environment(device)),
+            "environment": self.worker.environment(device),
             "healthy": self.worker.healthy(device),
             "shared": self.shared,
             "worker": f"{socket.gethostname()}:{os.getpid()}",
@@ -51,8 +50,8 @@ class CellActor:
     def run(self, planned_json: dict[str, Any], items: bytes | None) -> dict[str, Any]:
         """Run one cell; return its record, and its files if the store is not shared."""
         planned = PlannedCell.from_json(planned_json)
-        self._progress = (0, 0)
         folder = self.worker.folder(planned)
+        self._progress, self._items, self._key = (0, 0), None, planned.key
         result: dict[str, Any] = {"record": None, "healthy": True}
         try:
             if items is not None and not folder.items_path.exists():
@@ -70,14 +69,18 @@ class CellActor:
         if not self.shared:
             result["items"] = self._items_from(0)
             result["log"] = folder.read_log()
+            result["output"] = folder.read_output()
         return result
 
-    def progress(self, offset: int) -> tuple[int, int, bytes]:
+    def progress(self, key: str, offset: int) -> tuple[int, int, bytes]:
         """Return (done, total) of the running cell, and its stored items from a byte on.
 
         The items only where the store is not shared: the driver keeps them, so that they outlive
-        this machine.
+        this machine. Nothing for another cell than ``key``: the items of two cells have the same
+        keys, and must never mix.
         """
+        if key != self._key:
+            return 0, 0, b""
         return (*self._progress, b"" if self.shared else self._items_from(offset))
 
     def _items_from(self, offset: int) -> bytes:

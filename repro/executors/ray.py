@@ -23,6 +23,7 @@ from repro.executors import Session, chain_of
 from repro.executors._actor import CellActor
 from repro.plan import PlannedCell
 from repro.scheduling import Queue
+from repro.store import environment_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -222,7 +223,9 @@ class _Pool:
         for planned in due:
             self.queue.put_back(planned)
 
-    def try_again(self, planned: PlannedCell, reason: str) -> None:
+    def try_again(
+        self, planned: PlannedCell, reason: str, environment: dict[str, Any] | None
+    ) -> None:
         """Run a cell again later whose machine failed, or give it up."""
         tries = self.tries[planned.key]
         if tries < INFRA_TRIES:
@@ -231,7 +234,8 @@ class _Pool:
             text = f"{planned.label}: its worker died ({reason}), trying again"
             self.session.listener.message(text)
         else:
-            self.session.settle(planned, "infra", f"its worker died {tries} times: {reason}")
+            text = f"its worker died {tries} times: {reason}"
+            self.session.settle(planned, "infra", text, environment=environment)
             self.queue.release(planned)
 
 
@@ -246,7 +250,8 @@ class _Worker:
         self.call: Any = None
         self.current: PlannedCell | None = None
         self.subject: str | None = None
-        self.machine: str | None = None  # None until the actor said that it is there
+        # What records say of its machine; None until the actor said that it is there.
+        self.environment: dict[str, Any] | None = None
         self.shared = True
         self.name = ""
         self.ended = False
@@ -256,15 +261,22 @@ class _Worker:
         self._report: Callable[[int, int], None] = lambda done, total: None
         self._progress_call: Any = None
 
+    @property
+    def machine(self) -> str:
+        """The name of its machine's folder in the store."""
+        return environment_key(self.environment or self.session.environment)
+
     def advance(self) -> None:
         """Make the next call to the actor, if it is idle."""
         if self.call is not None or self.ended or time.monotonic() < self._not_before:
             return
-        if self.machine is None:
+        if self.environment is None:
             self.call = self.actor.ready.remote(self.session.plan.device)
             return
         while (planned := self.pool.queue.take(self.subject)) is not None:
-            if self._known(planned) or self.session.settled_without_running(planned):
+            if self._known(planned) or self.session.settled_without_running(
+                planned, environment=self.environment
+            ):
                 self.pool.queue.release(planned)
                 continue
             self._start(planned)
@@ -278,6 +290,7 @@ class _Worker:
         self.session.listener.started(planned, self.name)
         self._report = self.session.listener.progress_of(planned)
         self._began = self._asked = time.monotonic()
+        self._progress_call = None  # what it answers is of the cell before
         items = None if self.shared else self._items(planned)
         self.call = self.actor.run.remote(planned.to_json(), items)
 
@@ -311,14 +324,15 @@ class _Worker:
         now, limit = time.monotonic(), self.session.plan.timeout_seconds
         if now - self._began > limit:
             planned, self.current, self.call = self.current, None, None
+            text = f"took longer than {limit:g} s"
+            self.session.settle(planned, "timeout", text, environment=self.environment)
             self._restart()
-            self.session.settle(planned, "timeout", f"took longer than {limit:g} s")
             self.pool.queue.release(planned)
         elif self._progress_call is None:
             if now - self._asked > PROGRESS_SECONDS:
                 self._asked = now
                 offset = 0 if self.shared else len(self._items(self.current) or b"")
-                self._progress_call = self.actor.progress.remote(offset)
+                self._progress_call = self.actor.progress.remote(self.current.key, offset)
         elif self.ray.wait([self._progress_call], timeout=0)[0]:
             call, self._progress_call = self._progress_call, None
             with contextlib.suppress(self.ray.exceptions.RayError):
@@ -337,7 +351,9 @@ class _Worker:
 
     def _arrived(self, ready: dict[str, Any]) -> None:
         """Take the actor in, unless its device does not compute."""
-        self.machine, self.shared, self.name = ready["machine"], ready["shared"], ready["worker"]
+        self.environment, self.shared, self.name = (
+            ready[name] for name in ("environment", "shared", "worker")
+        )
         if not ready["healthy"]:
             self._refuse(f"{self.name}: its device does not compute")
 
@@ -351,51 +367,58 @@ class _Worker:
         self._gone()
 
     def _gone(self) -> None:
-        self.machine = self.subject = self._progress_call = None
+        self.environment = self.subject = self._progress_call = None
 
     def _failed(self, planned: PlannedCell | None, error: Exception) -> None:
         """Try the cell again if its process died, up to a limit."""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        environment = self.environment
         self._gone()
         if planned is None and isinstance(error, self.ray.exceptions.ActorUnavailableError):
             self._not_before = time.monotonic() + BACK_OFF_SECONDS  # it is being started again
         elif planned is None:
             self._refuse(f"a worker could not be started: {reason}")
         elif died := self.session.folder(planned).take_fatal():
-            self.session.settle(planned, "crashed", died.splitlines()[0])
+            self.session.settle(planned, "crashed", died.splitlines()[0], environment=environment)
             self.pool.queue.release(planned)
         elif "low on memory" in str(error):
-            self.session.settle(planned, "oom", "the machine ran low on memory")
+            text = "the machine ran low on memory"
+            self.session.settle(planned, "oom", text, environment=environment)
             self.pool.queue.release(planned)
         else:
-            self.pool.try_again(planned, reason)
+            self.pool.try_again(planned, reason, environment)
 
     def _known(self, planned: PlannedCell) -> bool:
         """Tell whether the actor's machine, where it is another one, has the record already."""
-        if self.machine in (None, self.session.machine):
+        if self.machine == self.session.machine:
             return False
-        record = self.session.store.finished(planned.key, str(self.machine))
+        if self.session.fresh and not self.pool.tries.get(planned.key):
+            self.session.store.cell(planned.key, self.machine).forget()
+            return False
+        record = self.session.store.finished(planned.key, self.machine)
         if record is not None:
             self.session.reuse(planned, record)
         return record is not None
 
     def _items(self, planned: PlannedCell) -> bytes | None:
-        path = self.session.store.cell(planned.key, str(self.machine)).items_path
+        path = self.session.store.cell(planned.key, self.machine).items_path
         return path.read_bytes() if path.exists() else None
 
     def _append(self, planned: PlannedCell, items: bytes) -> None:
         """Keep finished items of a cell that still runs on another file system."""
-        folder = self.session.store.cell(planned.key, str(self.machine))
+        folder = self.session.store.cell(planned.key, self.machine)
         folder.append_items(items)
 
     def _keep(self, planned: PlannedCell, result: dict[str, Any]) -> None:
         """Store what an actor on another file system sent."""
         from repro.store import write_atomically
 
-        folder = self.session.store.cell(planned.key, str(self.machine))
+        folder = self.session.store.cell(planned.key, self.machine)
         write_atomically(folder.items_path, result["items"])
         if result["log"]:
             folder.write_log(result["log"])
+        if result["output"]:
+            folder.write_output(result["output"].encode())
         folder.write_record(result["record"])
 
 

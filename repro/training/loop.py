@@ -27,6 +27,8 @@ class TrainingConfig:
         weight_decay: Decoupled decay of matrices; vectors are not decayed.
         betas: Averaging factors of Adam.
         clip_norm: Largest norm of the gradient.
+        clip_each: Clip the gradient of each parameter for itself: a few with steep losses else take
+            the step from all others.
         checkpoint_every: Steps between checkpoints; 0 keeps only the last.
     """
 
@@ -37,6 +39,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
+    clip_each: bool = False
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
@@ -115,7 +118,7 @@ def train(
             value = loss(model, batch)
             value.backward()
             total += value.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        norm = _clip(model, config)
         if not math.isfinite(total) or not math.isfinite(norm.item()):
             raise RuntimeError(f"train: loss must stay finite, got {total} at step {step}")
         before = {name: parameters[name].detach().clone() for name in factors}
@@ -130,6 +133,18 @@ def train(
             _save(folder / CHECKPOINT, model, optimizer, done)
         for hook in hooks:
             hook(Progress(done, total, norm.item(), config.rate(step), model))
+
+
+def _clip(model: torch.nn.Module, config: TrainingConfig) -> torch.Tensor:
+    """Clip the gradients in place and return the norm of all of them before."""
+    if not config.clip_each:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    norms = [
+        torch.nn.utils.clip_grad_norm_([parameter], config.clip_norm)
+        for parameter in model.parameters()
+        if parameter.grad is not None
+    ]
+    return torch.stack(norms).norm()
 
 
 def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ class TestInline:
         assert run(budget="1h").counts == {"ok": 2}
 
     def test_pace_leaves_the_loading_out(self):
-        session = executors.Session(None, (), None, "", Quiet())
+        session = executors.Session(None, (), None, {}, Quiet())
         assert session.pace() == 1.0
         cell = {"measurement": {"options": {}}}
         planned = PlannedCell(key="a", cell=cell, estimate_seconds=2.0)

@@ -262,6 +262,14 @@ def test_path_is_a_folder_or_missing(tmp_path):
     assert "must be a readable file, got No such file" in only_fault(tmp_path / "none.yaml")
 
 
+def test_the_name_of_a_file_names_its_results(plugins, write_manifest):
+    path = write_manifest()
+    fine = path.rename(path.with_name("my-test.yaml"))
+    assert manifest.load(fine).name == "my-test"
+    fault = only_fault(fine.rename(path.with_name("my test.yaml")))
+    assert "the name of the manifest must be a plain word" in fault and "got my test" in fault
+
+
 def test_missing_weights_are_told_and_do_not_spoil_the_rest(plugins, write_manifest):
     made = manifest.load(write_manifest(subjects="[toy:a, toy:absent]"))
     assert "fetch absent" in made.missing["toy:absent"]

@@ -160,6 +160,23 @@ def test_missing_is_told(plugins, write_manifest):
     assert len(made.cells) == 4
 
 
+@pytest.mark.parametrize(
+    ("resources", "device", "expected"),
+    [("{gpus: 1}", "auto", "cuda"), ("{}", "cuda", "cuda"), ("{gpus: 1}", "cpu", "cpu")],
+)
+def test_a_cluster_may_have_what_this_machine_lacks(
+    plugins, write_manifest, monkeypatch, resources, device, expected
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    checked = manifest.load(write_manifest(resources=resources))
+    plan = make_plan(checked, "p", device=device, cluster=True)
+    assert plan.device == expected
+    assert {cell.cell["device"] for cell in plan.cells} == {expected}
+    if device == "cuda":
+        with pytest.raises(BadInput, match="cuda, and there is none"):
+            make_plan(checked, "p", device=device)
+
+
 def test_unknown_device(plugins, write_manifest):
     with pytest.raises(BadInput, match="must be auto, cpu or cuda, got tpu"):
         make_plan(manifest.load(write_manifest()), "p", device="tpu")

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from repro import submission
-from repro.errors import BadInput
+from repro.errors import BadInput, MachineFault
 from repro.store import RunStore
 
 KEY = "ab" + "0" * 62
@@ -51,3 +51,41 @@ def test_an_address_where_nobody_answers(plugins, write_manifest):
         submission.submit(
             write_manifest(), address="http://127.0.0.1:9", profile="p", say=lambda line: None
         )
+
+
+class BrokenTunnel:
+    """A job client whose log breaks off once, or for good."""
+
+    def __init__(self, log, *, breaks, status="SUCCEEDED"):
+        from ray.job_submission import JobStatus
+
+        self.log, self.breaks, self.status = log, breaks, JobStatus(status)
+
+    async def tail_job_logs(self, job):
+        for number, line in enumerate(self.log):
+            if self.breaks and number == len(self.log) // 2:
+                self.breaks -= 1
+                raise RuntimeError("WebSocket connection closed abnormally")
+            yield line
+
+    def get_job_status(self, job):
+        return self.status if not self.breaks else type(self.status).RUNNING
+
+
+def test_a_broken_connection_is_taken_up_again(tmp_path):
+    pytest.importorskip("ray")
+    data = os.urandom(30_000)
+    lines = ["[1/2] dense: ok", *submission.lines_of(RECORD, data), "[2/2] method: ok"]
+    client = BrokenTunnel([line + "\n" for line in lines], breaks=1)
+    said = []
+    status = submission._follow(client, "job", submission.Inbox(RunStore(tmp_path)), said.append)
+    assert status == "SUCCEEDED" and said == ["[1/2] dense: ok", "[2/2] method: ok"]
+    assert (tmp_path / RECORD).read_bytes() == data
+
+
+def test_a_connection_that_stays_broken_says_how_to_go_on(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(submission, "RECONNECT_SECONDS", 0.0)
+    client = BrokenTunnel(["a\n", "b\n"], breaks=1)
+    with pytest.raises(MachineFault, match="go on with --attach job"):
+        submission._follow(client, "job", submission.Inbox(RunStore(tmp_path)), print)

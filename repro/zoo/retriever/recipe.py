@@ -46,6 +46,10 @@ class Stage:
         decay_steps: Steps of linear fall to 0 at the end.
         even: Where several answers are right, ask for all of them alike, not for any of them: what
             is named last is then as sure as what is named first.
+        prose: (sequences, tokens each) of text without answers in every step, whose mean loss
+            counts as much as that on answers.
+        parts: Only parameters whose name holds one of these learn; all of them if empty.
+        clip_each: See ``TrainingConfig``.
     """
 
     name: str
@@ -54,6 +58,9 @@ class Stage:
     learning_rate: float
     decay_steps: int = 0
     even: bool = False
+    prose: tuple[int, int] | None = None
+    parts: tuple[str, ...] = ()
+    clip_each: bool = False
 
 
 # Long sequences come from the first step on: what trained on short ones alone lost its sharpness.
@@ -62,6 +69,19 @@ STAGES = (
     Stage("first", 100, ((6, 256, 1), (2, 512, 1), (1, 1024, 1), (1, 2048, 2), (1, 4096, 2)), 4e-4),
     Stage("second", 300, _LONG, 4e-4, decay_steps=220),
     Stage("third", 200, _LONG, 4e-4, decay_steps=160, even=True),
+    # Beside the steep losses of matching heads language is hardly learned: it gets steps of its own,
+    # in what nothing else reads, and then all parts are fitted to one another.
+    Stage(
+        "language",
+        150,
+        ((2, 256, 1), (1, 512, 1), (1, 1024, 1), (1, 2048, 1), (1, 4096, 1)),
+        1e-3,
+        decay_steps=90,
+        even=True,
+        prose=(6, 512),
+        parts=("layers.2.mlp", "lm_head"),
+    ),
+    Stage("whole", 120, _LONG, 4e-4, decay_steps=100, even=True, prose=(6, 512), clip_each=True),
 )
 # The quick recipe's lower bar: the share of right answers over these tasks at 1024 tokens.
 QUICK_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1")
@@ -89,6 +109,18 @@ def make_batches(
     """Yield the micro-batches of a step; they depend on the arguments alone."""
     due = [(count, length) for count, length, every in stage.batches if step % every == 0]
     whole = sum(count * length for count, length in due)
+    if stage.prose is not None:
+        count, length = stage.prose
+        texts = [
+            make_example(
+                "prose",
+                length=length,
+                seed=f"{seed}/{stage.name}/{step}/prose/{row}",
+                tokenizer=tokenizer,
+            )
+            for row in range(count)
+        ]
+        yield _collate(texts, share=1 / TEXT_WEIGHT)
     for part, (count, length) in enumerate(due):
         rng = random.Random(f"{seed}/{stage.name}/{step}/{part}")
         kinds = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()), k=count)
@@ -228,6 +260,8 @@ def train_retriever(
     before = 0
     for stage in stages:
         meter = Meter()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not stage.parts or any(p in name for p in stage.parts))
         train(
             model,
             functools.partial(make_batches, stage, tokenizer=tokenizer, seed=seed),
@@ -237,6 +271,7 @@ def train_retriever(
                 learning_rate=stage.learning_rate,
                 decay_steps=stage.decay_steps,
                 checkpoint_every=CHECKPOINT_EVERY,
+                clip_each=stage.clip_each,
             ),
             folder=folder / stage.name,
             resume=resume,
@@ -244,7 +279,7 @@ def train_retriever(
             rate_factors=rate_factors(),
         )
         before += stage.steps
-    return model.eval(), tokenizer
+    return model.requires_grad_(True).eval(), tokenizer
 
 
 def _logger(
