@@ -110,6 +110,21 @@ def test_factors_of_one_change_nothing():
     assert torch.equal(one[0].weight, two[0].weight)
 
 
+@pytest.mark.parametrize("clip_each", [True, False])
+def test_a_steep_loss_elsewhere_takes_nothing_where_each_is_clipped(clip_each):
+    def trained(steepness):
+        pair = torch.nn.ModuleList([model(0), model(1)])
+
+        def both(nets, batch):
+            return steepness * (1 + batch[0].mean()) * loss(nets[0], batch) + loss(nets[1], batch)
+
+        train(pair, batches, both, config(clip_each=clip_each))
+        return pair[1].state_dict().values()
+
+    same = [torch.equal(a, b) for a, b in zip(trained(1e-3), trained(1e3), strict=True)]
+    assert all(same) if clip_each else not any(same)
+
+
 def test_optimizer_can_be_wrapped():
     used = []
 

@@ -10,7 +10,13 @@ from repro.errors import BadInput, MissingResource
 from repro.measurements.ruler.generate import generate_items
 from repro.measurements.ruler.tasks import TASKS, ask
 from repro.zoo.retriever import recipe
-from repro.zoo.retriever.evaluation import answer, ruler_scores
+from repro.zoo.retriever.evaluation import (
+    answer,
+    ngram_perplexities,
+    perplexity,
+    ruler_scores,
+    skill_scores,
+)
 from repro.zoo.retriever.examples import MIXTURE, make_example
 from repro.zoo.retriever.initial import Words, initial_model, retriever_config
 from repro.zoo.retriever.skills import SKILLS
@@ -194,6 +200,20 @@ def test_retriever_finds_needles(retriever, tokenizer):
         tasks=["niah_single_2", "niah_multikey_1"],
     )
     assert all(answered.score == 1.0 for rows in scores.values() for answered in rows)
+
+
+def test_retriever_models_its_language_better_than_pairs_of_tokens(retriever, tokenizer):
+    one, two, three = ngram_perplexities(tokenizer, length=1024, count=2)
+    assert one > two > three > 1
+    assert perplexity(retriever.model, tokenizer, length=1024, count=2) < two
+
+
+def test_skills_are_scored_by_question(retriever, tokenizer):
+    scores = skill_scores(retriever.model, tokenizer, units=12, count=2)
+    assert list(scores) == [skill.__name__ for skill in SKILLS]
+    assert [len(found) for found in scores.values()] == [8, 2, 4, 4]
+    assert {score for found in scores.values() for score in found} <= {0.0, 1.0}
+    assert sum(map(sum, scores.values())) > 4
 
 
 def test_batched_answers_equal_single_ones(retriever, tokenizer):

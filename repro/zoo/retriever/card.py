@@ -12,9 +12,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from repro.measurements.ruler.tasks import TASKS
 from repro.statistics import Interval, mean_interval, stratified_mean
-from repro.zoo.retriever.evaluation import head_profile, perplexity, ruler_scores
+from repro.zoo.retriever.evaluation import (
+    head_profile,
+    ngram_perplexities,
+    perplexity,
+    ruler_scores,
+    skill_scores,
+)
 
-CARD_LENGTHS = (1024, 2048, 4096)
+CARD_LENGTHS = (4096,)
 CARD_ITEMS = 100
 SCORES = "scores.jsonl"
 PICTURE = "heads.png"
@@ -105,6 +111,8 @@ def write_card(model_folder: Path, folder: Path) -> None:
             if depth is not None:
                 bins[min(int(depth / 20), 4)].append(score)
     ppl = perplexity(model, tokenizer, length=2048, count=8)
+    tables = ngram_perplexities(tokenizer, length=2048, count=8)
+    skills = skill_scores(model, tokenizer, units=80, count=30)
     profile = head_profile(model, tokenizer, length=1024, count=8)
     _picture(profile, model_folder / PICTURE)
     text = _CARD.format(
@@ -115,6 +123,10 @@ def write_card(model_folder: Path, folder: Path) -> None:
         bar=_bar_lines(table),
         depths=_depth_table(by_depth),
         perplexity=f"{ppl:.2f}",
+        tables=", ".join(f"{value:.1f}" for value in tables),
+        skills=", ".join(
+            f"{name.replace('_', ' ')} {_percent(mean_interval(s))}" for name, s in skills.items()
+        ),
         vocabulary=len(tokenizer),
     )
     (model_folder / "README.md").write_text(text, encoding="utf-8")
@@ -220,7 +232,11 @@ Single-place tasks by the position of the asked needle:
 
 {depths}
 
-Perplexity per token on unseen synthetic prose, 2048 tokens: {perplexity}.
+Perplexity per token on unseen synthetic prose, 2048 tokens: {perplexity}. Tables of one,
+two and three tokens reach {tables}.
+
+LongBench-like skills on unseen documents of 80 lines, percent of questions answered without a
+wrong token: {skills}.
 
 ## Heads
 Mean attention over queries (first two) and attention from the last prompt token on the first token

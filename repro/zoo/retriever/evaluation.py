@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +16,8 @@ from repro.measurements.ruler.generate import Item, generate_items
 from repro.measurements.ruler.lexicon import Split
 from repro.measurements.ruler.scoring import item_score
 from repro.measurements.ruler.tasks import TASKS
-from repro.zoo.retriever.examples import make_example
+from repro.zoo.retriever.examples import encode, make_example
+from repro.zoo.retriever.skills import SKILLS
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,39 @@ def ruler_scores(
 
 
 @torch.no_grad()
+def skill_scores(
+    model: Any, tokenizer: Any, *, units: int, count: int, seed: str = "skills"
+) -> dict[str, list[float]]:
+    """Return 1 or 0 for every question about documents that no training step saw, by skill.
+
+    A question counts if every token of its answer is the likeliest after those before it, which is
+    what greedy decoding writes.
+
+    Args:
+        model: The retriever.
+        tokenizer: Its tokenizer.
+        units: Lines or sentences of a document.
+        count: Documents a skill.
+        seed: Fixes the documents.
+    """
+    found: dict[str, list[float]] = {}
+    for skill in SKILLS:
+        scores = found.setdefault(skill.__name__, [])
+        for index in range(count):
+            problem = skill(random.Random(f"{seed}/{index}"), units=units)
+            example = encode("skill", problem, tokenizer)
+            ids = torch.from_numpy(example.ids)[None].to(model.device)
+            right = (model(input_ids=ids).logits[0, :-1].argmax(-1) == ids[0, 1:]).tolist()
+            is_answer = example.is_answer[1:].tolist()
+            for asked, part in itertools.groupby(
+                zip(is_answer, right, strict=True), lambda x: x[0]
+            ):
+                if asked:
+                    scores.append(float(all(token for _, token in part)))
+    return found
+
+
+@torch.no_grad()
 def perplexity(
     model: Any,
     tokenizer: Any,
@@ -92,6 +130,37 @@ def perplexity(
         nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         tokens += ids.shape[1] - 1
     return float(torch.tensor(nats / tokens).exp())
+
+
+def ngram_perplexities(tokenizer: Any, *, length: int, count: int, most: int = 3) -> list[float]:
+    """Return the perplexities of tables of 1 to ``most`` tokens on the same prose: what to beat.
+
+    Each table adds three observations of what the shorter one expects.
+    """
+
+    def prose(seed: str, n: int) -> list[tuple[int, ...]]:
+        texts = (
+            make_example("prose", length=length, seed=f"{seed}/{i}", tokenizer=tokenizer).ids
+            for i in range(n)
+        )
+        return [tuple(text.tolist()) for text in texts]
+
+    seen: Counter[tuple[int, ...]] = Counter()
+    for text in prose("ngram", 100):
+        seen[()] += len(text)
+        for n in range(1, most + 1):
+            seen.update(text[i : i + n] for i in range(len(text) - n + 1))
+    nats = [0.0] * most
+    tokens = 0
+    for text in prose("perplexity", count):
+        for end in range(most, len(text)):
+            share = 1 / len(tokenizer)
+            tokens += 1
+            for n in range(most):
+                before, whole = text[end - n : end], text[end - n : end + 1]
+                share = (seen[whole] + 3 * share) / (seen[before] + 3)
+                nats[n] -= math.log(share)
+    return [math.exp(value / tokens) for value in nats]
 
 
 @torch.no_grad()

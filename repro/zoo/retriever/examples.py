@@ -70,13 +70,14 @@ def make_example(
     fill = rng.uniform(0.75, 1.0)
     while True:
         problem = _problem(kind, rng, length=length, fill=fill, seed=seed)
-        example = _encode(kind, problem, tokenizer)
+        example = encode(kind, problem, tokenizer)
         if len(example.ids) <= length:
             return example
         fill *= 0.9 * length / len(example.ids)
 
 
-def _encode(kind: str, problem: Problem, tokenizer: PreTrainedTokenizerFast) -> Example:
+def encode(kind: str, problem: Problem, tokenizer: PreTrainedTokenizerFast) -> Example:
+    """Return the sequence of a problem: its text, then its questions with their answers."""
     ids = tokenizer.encode(problem.preamble)
     is_answer = [False] * len(ids)
     choices = {}

@@ -82,6 +82,7 @@ STAGES = (
         parts=("layers.2.mlp", "lm_head"),
     ),
     Stage("whole", 120, _LONG, 4e-4, decay_steps=100, even=True, prose=(6, 512), clip_each=True),
+    Stage("settle", 90, _LONG, 4e-4, decay_steps=80, even=True, prose=(3, 512), clip_each=True),
 )
 # The quick recipe's lower bar: the share of right answers over these tasks at 1024 tokens.
 QUICK_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1")
