@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from repro.keys import digest
+from repro.report import records
+from repro.store import RunStore
 
 TASKS = ("niah_single_1", "niah_multikey_1", "vt", "cwe")
 CPU = {
@@ -188,3 +191,23 @@ def campaign(
         record("perplexity", {"length": 1024}, method="dense", metrics=perplexity, **shared)
     )
     return found
+
+
+def commit(folder: Path, found: list[dict[str, Any]]) -> None:
+    """Leave records as committed ones of XAttention in a results folder."""
+    target = folder / "xattention" / "records"
+    target.mkdir(parents=True, exist_ok=True)
+    for name, data in records.committed_files(records.merge(found)).items():
+        (target / name).write_bytes(data)
+
+
+def store(runs: Path, found: list[dict[str, Any]], profile: str = "embedded") -> None:
+    """Leave records as a run of XAttention does in a run store."""
+    kept = RunStore(runs)
+    cells = []
+    for one in found:
+        cells.append({"key": one["key"], "cell": one["cell"]})
+        if one["status"] != "not_run":
+            kept.cell(one["key"], "here").write_record(one)
+    plan = {"name": "xattention", "profile": profile, "device": "cpu", "cells": cells}
+    kept.write_index(plan, {})
