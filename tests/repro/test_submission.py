@@ -1,4 +1,8 @@
+import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -89,3 +93,48 @@ def test_a_connection_that_stays_broken_says_how_to_go_on(tmp_path, monkeypatch)
     client = BrokenTunnel(["a\n", "b\n"], breaks=1)
     with pytest.raises(MachineFault, match="go on with --attach job"):
         submission._follow(client, "job", submission.Inbox(RunStore(tmp_path)), print)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are ended by signal")
+def test_submit_follow_detach_and_submit_again(plugins, write_manifest, tmp_path):
+    pytest.importorskip("ray")
+    from tests.repro.ray_cluster import Cluster, wait_for
+
+    path = write_manifest(
+        measurements="[{noop: {lengths: [128, 256, 512], items: 8, pause: 0.2}}]",
+        methods="[dense]",
+    )
+    stored = tmp_path / "stored"
+    cluster = Cluster(1, {**plugins.environment, "TOY_STORED": str(stored)}, job_server=True)
+    runs = tmp_path / "runs"
+
+    def submit(*arguments):
+        command = [sys.executable, "-m", "repro", "submit", "--address", cluster.job_server]
+        command += ["--runs", str(runs), "--results", str(tmp_path / "results"), *arguments]
+        return subprocess.Popen(
+            command, env=cluster.environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+
+    records = lambda: list(runs.rglob("record.json"))
+    try:
+        first = submit(str(path), "--profile", "p", "--device", "cpu")
+        wait_for(lambda: len(records()) >= 1 or first.poll() is not None, first)
+        assert first.poll() is None, first.communicate()[1]
+        first.send_signal(signal.SIGINT)
+        _, errors = first.communicate(timeout=60)
+        assert first.returncode == 130
+        (line,) = [line for line in errors.splitlines() if line.startswith("detached")]
+        job = line.split("--attach ")[1].split()[0]
+        again = submit("--attach", job)
+        _, errors = again.communicate(timeout=120)
+        assert again.returncode == 0, errors
+        assert len(records()) == 3
+        assert all(json.loads(p.read_bytes())["status"] == "ok" for p in records())
+        computed = stored.read_text()
+        once_more = submit(str(path), "--profile", "p", "--device", "cpu")
+        _, errors = once_more.communicate(timeout=120)
+        assert once_more.returncode == 0, errors
+        assert "sending the checkout and 3 records" in errors
+        assert stored.read_text() == computed
+    finally:
+        cluster.stop()

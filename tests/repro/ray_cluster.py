@@ -1,0 +1,100 @@
+"""A Ray cluster of several raylets on this host, with processes that tests may kill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Cluster:
+    """Raylets of one CPU each, the first of them with the head; all on localhost.
+
+    Args:
+        nodes: Number of raylets.
+        environment: Environment of every process.
+        job_server: Start the dashboard, which takes jobs.
+    """
+
+    def __init__(
+        self, nodes: int, environment: dict[str, str], *, job_server: bool = False
+    ) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self.environment = {
+            **environment,
+            # As in an activated environment: the entry point of a job is plain `python`.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]]),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # A raylet or a driver without its head ends itself after so long.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+        }
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        port = self.address.rpartition(":")[2]
+        dashboard = free_port()
+        self.job_server = f"http://127.0.0.1:{dashboard}"
+        shown = [f"--dashboard-port={dashboard}"] if job_server else []
+        self._start(
+            "--head", f"--port={port}", f"--include-dashboard={str(job_server).lower()}", *shown
+        )
+        for _ in range(nodes - 1):
+            self._start(f"--address={self.address}")
+
+    def processes(self, node: subprocess.Popen[bytes], name: str) -> list[int]:
+        """Return the ids of a node's processes whose name or command begins with a text."""
+        import psutil
+
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(node.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if name in child.name() or name in " ".join(child.cmdline()[:1]):
+                        found.append(child.pid)
+        return found
+
+    def stop(self) -> None:
+        """Kill all that is left of it."""
+        import psutil
+
+        for node in self.nodes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(node.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+            node.kill()
+            node.wait()
+
+    def _start(self, *options: str) -> None:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
+        command += ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]
+        process = subprocess.Popen(
+            [*command, "--node-ip-address=127.0.0.1"],
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.nodes.append(process)
+        wait_for(lambda: bool(self.processes(process, "raylet")), process)
+
+
+def free_port() -> int:
+    """Return a port of localhost that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 90.0
+) -> None:
+    """Wait until a condition holds; fail if the process ends or it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None or condition(), "it ended"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
