@@ -78,6 +78,8 @@ class TestInline:
         found = statuses(outcome)
         assert {label: found[label] for label in expected} == expected
         assert all(status == "ok" for label, status in found.items() if "noop ok" in label)
+        # Without its machine a page would leave the hole out.
+        assert all(record["environment"]["environment_id"] for record in outcome.records)
         # What was implied by a stored outcome is implied again, not run.
         again = run(**parts)
         assert comparable(again) == comparable(outcome)
