@@ -32,9 +32,9 @@ class Queue:
         self._chain_of = chain_of
         self._longest_first = longest_first
         self._chains: dict[str, deque[PlannedCell]] = {}
-        self._rank: dict[str, int] = {}
+        self._place: dict[str, int] = {}  # key -> place in the running order
         self._work: dict[str, float] = {}
-        # Subject -> heap of (order, rank, chain) of the chains that no worker is at.
+        # Subject -> heap of (order, place, chain) of the chains that no worker is at.
         self._free: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
         self._offered: set[str] = set()
         self._held: Counter[str] = Counter()  # chain -> workers that are at it
@@ -77,7 +77,7 @@ class Queue:
 
     def _add(self, cell: PlannedCell) -> None:
         chain, subject = self._chain_of(cell), _subject(cell)
-        self._rank.setdefault(chain, len(self._rank))
+        self._place.setdefault(cell.key, len(self._place))
         self._chains.setdefault(chain, deque()).append(cell)
         self._work[chain] = self._work.get(chain, 0.0) + cell.estimate_seconds
         self._left[subject] += cell.estimate_seconds
@@ -87,7 +87,8 @@ class Queue:
         cells = self._chains[chain]
         if cells and not self._held[chain] and chain not in self._offered:
             order = -self._work[chain] if self._longest_first else 0.0
-            heapq.heappush(self._free[_subject(cells[0])], (order, self._rank[chain], chain))
+            place = self._place[cells[0].key]
+            heapq.heappush(self._free[_subject(cells[0])], (order, place, chain))
             self._offered.add(chain)
 
     def _subjects(self, held: str | None) -> list[str]:

@@ -29,7 +29,7 @@ BEAT_SECONDS = 2.0
 # A driver that was silent for so long is dead; storing may block for a while on a slow disk.
 SILENT_SECONDS = 20.0
 # Outcomes that are neither a measured value nor a fault.
-_NOT_FAILED = frozenset({"ok", "cached", "implied", "not_run", "unsupported"})
+_NOT_FAILED = frozenset({"ok", "implied", "not_run", "unsupported"})
 
 
 class Journal:

@@ -91,3 +91,16 @@ def test_what_is_put_back_comes_before_the_rest_of_its_chain():
     waiting.put_back(first)
     assert len(waiting) == 2
     assert waiting.take("a") is first
+
+
+def test_in_the_given_order_a_chain_does_not_run_ahead():
+    # A budget may end any time: the comparison of short cells comes before long cells of one arm.
+    given = [
+        cell("a", family, length, 1.0) for length in (1, 2, 3) for family in ("dense", "method")
+    ]
+    waiting = queue(given, longest_first=False)
+    taken = []
+    while (one := waiting.take("a")) is not None:
+        taken.append(one)
+        waiting.release(one)
+    assert taken == given
