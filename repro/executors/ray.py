@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ READY_TRIES = 5  # starts of a process before its machine counts as broken
 POLL_SECONDS = 0.2
 GROW_SECONDS = 5.0  # between two looks at what the cluster has
 PROGRESS_SECONDS = 1.0
+HEAD_SECONDS = 10.0  # without the cluster's head before the run ends; Ray itself waits for 60
 OBJECT_STORE_BYTES = 100 * 2**20  # records travel, tensors do not
 
 
@@ -161,6 +163,7 @@ class _Pool:
         self.workers: list[_Worker] = []
         self.failed_starts = 0
         self._actor_class = _actor_class(ray, session, request)
+        self._head = _Head(ray)
         self._grew = -GROW_SECONDS
 
     def drain(self) -> None:
@@ -200,6 +203,8 @@ class _Pool:
         """Start workers where the cluster has room: nodes come and go."""
         if time.monotonic() - self._grew < GROW_SECONDS:
             return
+        if not self._head.answers():  # what asks it anything would wait, and end the process
+            return
         self._grew = time.monotonic()
         room = sum(self.request.fits(node) for node in self.ray.nodes())
         # One at least, also where nothing fits now: it waits for its resources as long as it takes.
@@ -237,6 +242,37 @@ class _Pool:
             text = f"its worker died {tries} times: {reason}"
             self.session.settle(planned, "infra", text, environment=environment)
             self.queue.release(planned)
+
+
+class _Head:
+    """The process of the cluster that all others depend on, watched so that its end is told."""
+
+    def __init__(self, ray: Any) -> None:
+        self._address = ray.get_runtime_context().gcs_address
+        # A client of another network reaches the client server alone, and Ray tells its end.
+        self._watched = not ray.util.client.ray.is_connected()
+        self._heard = time.monotonic()
+
+    def answers(self) -> bool:
+        """Tell whether it takes connections.
+
+        Raises:
+            MachineFault: If it has not for ``HEAD_SECONDS``.
+        """
+        if not self._watched:
+            return True
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=2.0).close()
+        except OSError:
+            if time.monotonic() - self._heard > HEAD_SECONDS:
+                raise MachineFault(
+                    f"the head of the Ray cluster ({self._address}) does not answer; what is "
+                    "finished is kept. Start the cluster again, then run the same command"
+                ) from None
+            return False
+        self._heard = time.monotonic()
+        return True
 
 
 class _Worker:

@@ -1,0 +1,171 @@
+"""Any part of a run is killed at a random point, on a cluster of several raylets; then it resumes.
+
+What is resumed must be what an undisturbed run gives, and no item is computed again once it is
+stored. Two rounds of each run with the other tests, all ten by ``make test-chaos``.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from repro import runner
+from repro.testing import comparable_records
+from tests.repro import toys
+from tests.repro.ray_cluster import Cluster, wait_for
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are killed by signal")
+
+ROUNDS = [
+    pytest.param(seed, marks=[] if seed < 2 else pytest.mark.chaos, id=f"round{seed}")
+    for seed in range(10)
+]
+BATCHES = 32
+MANIFEST = toys.manifest(
+    subjects="[toy:a, toy:b]",
+    measurements="[{noop: {lengths: [128, 256], items: 8, batch: 2, pause: 0.15}}]",
+)
+OPTIONS = {"profile": "p", "executor": "inline", "device": "cpu", "quiet": True}
+
+
+class Place:
+    """A cluster that every round uses again, and what an undisturbed run gives."""
+
+    def __init__(self, folder, monkeypatch, environment):
+        self.folder = folder
+        self.stored = folder / "stored"
+        self.stored.touch()
+        self.manifest = folder / "toy.yaml"
+        self.manifest.write_text(MANIFEST)
+        self.undisturbed = runner.run(self.manifest, runs=folder / "undisturbed", **OPTIONS)
+        monkeypatch.setenv("TOY_STORED", str(self.stored))
+        self.cluster = Cluster(3, {**environment, "TOY_STORED": str(self.stored)})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chaos")
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        toys.installed(folder / "plugins", monkeypatch) as plugins,
+    ):
+        made = Place(folder, monkeypatch, plugins.environment)
+        try:
+            yield made
+        finally:
+            made.cluster.stop()
+
+
+class Run:
+    """One run on the cluster, in a store of its own."""
+
+    def __init__(self, place, runs, manifest=None):
+        self.place, self.runs = place, runs
+        self.before = self.place.stored.stat().st_size
+        place.cluster.repair()
+        command = [sys.executable, "-m", "repro", "run", str(manifest or place.manifest)]
+        command += ["--profile", "p", "--quiet", "--no-report", "--runs", str(runs), "--device", "cpu"]
+        command += ["--executor", "ray", "--address", place.cluster.address]
+        self.driver = subprocess.Popen(
+            command, env=place.cluster.environment, stderr=subprocess.PIPE, text=True
+        )
+
+    def stored(self):
+        """Return a line per batch that was stored."""
+        with self.place.stored.open() as stream:
+            stream.seek(self.before)
+            return stream.read().splitlines()
+
+    def close(self):
+        if self.driver.poll() is None:
+            self.driver.kill()
+            self.driver.wait()
+
+    def wait_for_batches(self, count):
+        wait_for(lambda: len(self.stored()) >= count, self.driver)
+
+    def workers(self):
+        cluster = self.place.cluster
+        return [pid for node in cluster.nodes for pid in cluster.processes(node, "ray::Cells")]
+
+    def end(self):
+        """Return the driver's exit code and what it said."""
+        _, errors = self.driver.communicate(timeout=120)
+        return self.driver.returncode, errors
+
+    def check_resumes(self):
+        resumed = runner.run(self.place.manifest, runs=self.runs, **OPTIONS)
+        assert comparable_records(resumed.records) == comparable_records(
+            self.place.undisturbed.records
+        )
+        assert items_of(self.runs) == items_of(self.place.folder / "undisturbed")
+        counts = Counter(self.stored())
+        assert len(counts) == BATCHES
+        assert [batch for batch, count in counts.items() if count > 1] == []
+
+
+@pytest.fixture
+def run(place, tmp_path):
+    made = Run(place, tmp_path / "runs")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("seed", ROUNDS)
+@pytest.mark.parametrize("victim", ["worker", "raylet", "driver", "head"])
+def test_a_killed_part_costs_nothing_that_was_stored(run, victim, seed):
+    rng = random.Random(f"{victim}/{seed}")
+    cluster = run.place.cluster
+    run.wait_for_batches(rng.randint(1, BATCHES // 2))
+    time.sleep(rng.uniform(0, 0.2))
+    if victim == "driver":
+        run.driver.kill()
+        run.end()
+    elif victim == "head":
+        kill(cluster.processes(cluster.nodes[0], "gcs_server"))
+        code, errors = run.end()
+        # The workers go on for a while without it, and may come to the end.
+        assert code == 0 or "the head of the Ray cluster" in errors, errors
+    else:
+        kill(
+            cluster.processes(rng.choice(cluster.nodes[1:]), "raylet")
+            if victim == "raylet"
+            else [rng.choice(run.workers())]
+        )
+        code, errors = run.end()
+        assert code == 0, errors
+    run.check_resumes()
+
+
+def test_the_end_of_the_head_is_told(place, tmp_path):
+    manifest = tmp_path / "stuck.yaml"
+    manifest.write_text(toys.manifest(measurements="[{noop: {tasks: [stuck]}}]"))
+    run = Run(place, tmp_path / "runs", manifest)
+    try:
+        run.wait_for_batches(1)
+        kill(place.cluster.processes(place.cluster.nodes[0], "gcs_server"))
+        code, errors = run.end()
+    finally:
+        run.close()
+    assert code == 1
+    assert "error: the head of the Ray cluster (" in errors
+    assert "what is finished is kept. Start the cluster again" in errors
+    assert "Traceback" not in errors
+
+
+def kill(pids):
+    assert pids
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def items_of(runs):
+    return {path.relative_to(runs): path.read_bytes() for path in runs.rglob("items.jsonl")}
