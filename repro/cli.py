@@ -112,6 +112,16 @@ def run(
         str | None, typer.Option(help="Run the cells whose label holds this text or pattern.")
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Compute again what is done already.")] = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going/--fail-fast", help="After a cell that failed.")
+    ] = True,
+    implied: Annotated[
+        bool,
+        typer.Option(
+            "--implied/--no-implied",
+            help="Take the longer cells of what ran out of memory as out of memory too.",
+        ),
+    ] = True,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster.")] = None,
     artifacts: Artifacts = None,
     runs: Runs = "runs",
@@ -137,6 +147,8 @@ def run(
             only=only,
             budget=budget,
             fresh=fresh,
+            keep_going=keep_going,
+            implied=implied,
             address=address,
             artifacts=artifacts,
             quiet=quiet or as_json,

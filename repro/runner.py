@@ -24,18 +24,20 @@ class Outcome:
     Attributes:
         records: The records of the selected cells, in the plan's order.
         counts: Status -> cells; ``cached`` counts the reused ones.
+        stopped: Whether a failure ended the run, as ``keep_going=False`` asks for.
     """
 
     name: str
     profile: str
     records: tuple[dict[str, Any], ...]
     counts: dict[str, int]
+    stopped: bool = False
 
     @property
     def exit_code(self) -> int:
-        """1 if a cell crashed or its machine failed, else 0, whatever was measured."""
+        """1 if a cell crashed, its machine failed or the run stopped, else 0."""
         failed = [record for record in self.records if record["status"] in ("crashed", "infra")]
-        return 1 if failed else 0
+        return 1 if failed or self.stopped else 0
 
 
 def run(
@@ -48,6 +50,8 @@ def run(
     only: str | None = None,
     budget: str | None = None,
     fresh: bool = False,
+    keep_going: bool = True,
+    implied: bool = True,
     address: str | None = None,
     artifacts: str | None = None,
     quiet: bool = False,
@@ -62,6 +66,8 @@ def run(
         only: Keep the cells whose label holds this text or matches this shell pattern.
         budget: Time such as ``10m``; the cheapest comparisons run, the others become ``not_run``.
         fresh: Compute again what is done already; the old files are set aside.
+        keep_going: Run the other cells after one that failed; else they become ``not_run``.
+        implied: Do not try the longer cells of what ran out of memory.
         address: A running Ray cluster.
         artifacts: Folder or URL where calibrations are shared; the run store by default.
         also: Is told of everything beside the display.
@@ -95,6 +101,8 @@ def run(
                     listener=Together(listener, journal, *([also] if also else [])),
                     fresh=fresh,
                     deadline=None if seconds is None else time.monotonic() + seconds,
+                    keep_going=keep_going,
+                    implied=implied,
                     address=address,
                     artifacts=artifacts,
                 )
@@ -104,7 +112,9 @@ def run(
     if seconds is None and all(record["status"] == "not_run" for record in records):
         needs = "\n".join(dict.fromkeys(record["message"] for record in records))
         raise MissingResource(f"nothing of profile {profile} can run here:\n{needs}")
-    return Outcome(name=plan.name, profile=profile, records=records, counts=counts)
+    return Outcome(
+        name=plan.name, profile=profile, records=records, counts=counts, stopped=session.stopped
+    )
 
 
 def parse_duration(text: str) -> float:

@@ -45,6 +45,8 @@ RECORD_SCHEMA = 1
 FSYNC_SECONDS = 1.0
 # Outcomes that another try may change; every other one is reused.
 RETRIED = frozenset({"crashed", "infra", "implied", "not_run"})
+# Outcomes of a cell that ran and gave nothing that counts.
+FAILED = frozenset({"oom", "timeout", "numerical", "crashed", "infra", "invalid"})
 # Folders of a run store that are no runs; measurements keep what they can make again in ``cache``.
 _NOT_RUNS = frozenset({"cells", "artifacts", "cache"})
 Warn = Callable[[str], None]

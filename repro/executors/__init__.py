@@ -19,7 +19,7 @@ from repro.errors import BadInput, Fault, near_matches
 from repro.keys import canonical_json
 from repro.plan import Plan, PlannedCell
 from repro.progress import Listener
-from repro.store import CellFolder, RunStore, environment_key, make_record, now
+from repro.store import FAILED, CellFolder, RunStore, environment_key, make_record, now
 
 
 def names() -> list[str]:
@@ -58,6 +58,8 @@ class Session:
         selected: The cells that this run is to do, in the plan's order.
         environment: What records say of this machine.
         deadline: ``time.monotonic()`` at which the budget ends, None without one.
+        keep_going: Run the other cells after one that failed.
+        implied: Do not try a longer cell of what ran out of memory.
     """
 
     plan: Plan
@@ -67,16 +69,24 @@ class Session:
     listener: Listener
     fresh: bool = False
     deadline: float | None = None
+    keep_going: bool = True
+    implied: bool = True
     address: str | None = None
     artifacts: str | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     _oom_lengths: dict[str, int] = field(default_factory=dict)
     _speed: list[tuple[float, float]] = field(default_factory=list)
+    _first_failure: str = ""
 
     @property
     def machine(self) -> str:
         """The name of this machine's folder in the store."""
         return environment_key(self.environment)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a failure has ended the run."""
+        return bool(self._first_failure) and not self.keep_going
 
     def pending(self) -> list[PlannedCell]:
         """Report the cells that are done already and return the others, in running order."""
@@ -113,8 +123,11 @@ class Session:
             planned: The cell.
             environment: The machine that would run it, if not this one.
         """
+        if self.stopped:
+            self.settle(planned, "not_run", f"stopped by --fail-fast after {self._first_failure}")
+            return True
         length = planned.cell["measurement"]["options"].get("length")
-        shortest = self._oom_lengths.get(chain_of(planned))
+        shortest = self._oom_lengths.get(chain_of(planned)) if self.implied else None
         if shortest is not None and isinstance(length, int) and length > shortest:
             message = f"out of memory at length {shortest} already"
             self.settle(planned, "implied", message, environment=environment)
@@ -173,6 +186,9 @@ class Session:
 
     def _note(self, planned: PlannedCell, record: dict[str, Any], *, cached: bool) -> None:
         self.records[planned.key] = record
+        # What an earlier run has settled would end every later one.
+        if record["status"] in FAILED and not cached and not self._first_failure:
+            self._first_failure = f"{planned.label}: {record['status']}"
         length = planned.cell["measurement"]["options"].get("length")
         if record["status"] == "oom" and isinstance(length, int):
             chain = chain_of(planned)

@@ -17,17 +17,17 @@ METHODS = ("dense", "fake")
 
 @pytest.fixture
 def run(plugins, tmp_path, write_manifest):
-    def call(*, fresh=False, budget=None, executor="inline", only=None, **parts):
+    options = ("fresh", "budget", "only", "keep_going", "implied", "executor")
+
+    def call(**parts):
+        asked = {name: parts.pop(name) for name in options if name in parts}
         return runner.run(
             write_manifest(**parts),
             profile="p",
             runs=tmp_path / "runs",
-            executor=executor,
             device="cpu",
-            fresh=fresh,
-            budget=budget,
-            only=only,
             quiet=True,
+            **{"executor": "inline", **asked},
         )
 
     return call
@@ -84,6 +84,22 @@ class TestInline:
         again = run(**parts)
         assert comparable(again) == comparable(outcome)
         assert again.counts["implied"] == 4
+
+    def test_no_implied_tries_the_longer_cells(self, run):
+        parts = {"measurements": "[{noop: {tasks: [oom], lengths: [128, 256, 512]}}]"}
+        assert run(**parts).counts == {"ok": 2, "oom": 2, "implied": 2}
+        assert run(implied=False, **parts).counts == {"cached": 4, "oom": 2}
+
+    def test_fail_fast_ends_with_the_first_failure_of_this_run(self, run):
+        parts = {"measurements": "[{noop: {tasks: [nan, ok, crash, oom]}}]", "methods": "[dense]"}
+        outcome = run(keep_going=False, **parts)
+        assert (outcome.counts, outcome.exit_code) == ({"numerical": 1, "not_run": 3}, 1)
+        message = outcome.records[1]["message"]
+        assert message == "stopped by --fail-fast after toy:a | dense | noop nan@128: numerical"
+        # What is settled does not end a run again; a crash is tried again, and does.
+        again = run(keep_going=False, **parts)
+        assert again.counts == {"cached": 1, "ok": 1, "crashed": 1, "not_run": 1}
+        assert run(**parts).counts == {"cached": 2, "crashed": 1, "ok": 1}
 
     def test_failed_cells_are_tried_again_and_others_reused(self, run):
         parts = {"measurements": "[{noop: {tasks: [crash, ok, unsupported]}}]"}
@@ -321,6 +337,32 @@ class TestRay:
             device="cpu",
         )
         assert inline.counts == {"cached": 2}
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_ctrl_c_stops_and_says_how_to_go_on(
+        self, plugins, write_manifest, tmp_path, run, number
+    ):
+        pytest.importorskip("ray")
+        parts = {
+            "methods": "[dense]",
+            "measurements": "[{noop: {lengths: [128, 256], items: 12, pause: 0.2}}]",
+        }
+        path = write_manifest(**parts)
+        stopped = tmp_path / "stopped"
+        process = subprocess.Popen(
+            command(path, stopped, "--executor", "ray"),
+            env=plugins.environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for(lambda: len(list(stopped.rglob("items.jsonl"))) >= 1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Go on with: repro run" in errors and "Traceback" not in errors
+        resumed = runner.run(path, profile="p", runs=stopped, executor="inline", device="cpu")
+        assert comparable(resumed) == comparable(run(**parts))
+        assert items_of(stopped) == items_of(tmp_path / "runs")
 
     def test_a_killed_driver_resumes(self, plugins, write_manifest, tmp_path, run):
         pytest.importorskip("ray")
