@@ -82,15 +82,21 @@ def execute(session: Session) -> None:
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
-        _cluster(ray, session.address),
+        cluster(ray, session.address),
     ):
         for request, cells in _phases(ray, session, pending):
-            _Pool(ray, session, request, cells).drain()
+            Pool(ray, session, request, cells).drain()
 
 
 @contextlib.contextmanager
-def _cluster(ray: Any, address: str | None) -> Iterator[None]:
-    """Start a local cluster, or join one; stop only what was started here."""
+def cluster(ray: Any, address: str | None, *, cpus: int | None = None) -> Iterator[None]:
+    """Start a local cluster, or join one; stop only what was started here.
+
+    Args:
+        ray: The package.
+        address: Of a running cluster, None for a local one.
+        cpus: What a local one offers; by default what this process may use.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from repro.environment import usable_cpus
@@ -101,7 +107,7 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     if address is None:
         ray.init(
             address="local",
-            num_cpus=usable_cpus(),
+            num_cpus=cpus or usable_cpus(),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",
@@ -147,11 +153,25 @@ def _needs_device_alone(planned: PlannedCell) -> bool:
     return measurements.get(planned.cell["measurement"]["name"]).alone
 
 
-class _Pool:
-    """The workers of one phase and the cells they share."""
+class Pool:
+    """The workers of one phase and the cells they share.
+
+    Args:
+        ray: The package, connected.
+        session: The run.
+        request: What each worker holds.
+        cells: In running order.
+        actor_class: Remote class of the workers, ``CellActor`` by default.
+    """
 
     def __init__(
-        self, ray: Any, session: Session, request: Request, cells: Sequence[PlannedCell]
+        self,
+        ray: Any,
+        session: Session,
+        request: Request,
+        cells: Sequence[PlannedCell],
+        *,
+        actor_class: Any = None,
     ) -> None:
         self.ray = ray
         self.session = session
@@ -162,7 +182,7 @@ class _Pool:
         self.tries: dict[str, int] = {}
         self.workers: list[_Worker] = []
         self.failed_starts = 0
-        self._actor_class = _actor_class(ray, session, request)
+        self._actor_class = actor_class or _actor_class(ray, session, request)
         self._head = _Head(ray)
         self._grew = -GROW_SECONDS
 
@@ -278,7 +298,7 @@ class _Head:
 class _Worker:
     """An actor, the call that the driver waits for, and the cell that it runs."""
 
-    def __init__(self, pool: _Pool, actor_class: Any) -> None:
+    def __init__(self, pool: Pool, actor_class: Any) -> None:
         self.pool = pool
         self.ray, self.session = pool.ray, pool.session
         runs = str(self.session.store.root.absolute())
