@@ -160,6 +160,54 @@ def test_the_end_of_the_head_is_told(place, tmp_path):
     assert "Traceback" not in errors
 
 
+RETRIEVER = """
+profiles:
+  p:
+    subjects: [zoo:retriever]
+    methods: [dense, xattention: {threshold: 0.9}]
+    measurements: [ruler: {tasks: [niah_multikey_1, vt], lengths: [1024], samples: 8}]
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("victim", ["worker", "raylet", "driver"])
+def test_the_real_retriever_resumes_to_the_same_tables(place, tmp_path, victim):
+    manifest = tmp_path / "retriever.yaml"
+    manifest.write_text(RETRIEVER)
+    run = Run(place, tmp_path / "runs", manifest)
+    answered = lambda: sum(map(len, answers_in(run.runs).values()))
+    try:
+        wait_for(lambda: answered() >= 12, run.driver)
+        assert answered() < 28, "too late to disturb it"
+        if victim == "driver":
+            run.driver.kill()
+        else:
+            # The raylet that runs cells, if one but the first does: the driver lives on that.
+            busy = [n for n in place.cluster.nodes[1:] if place.cluster.processes(n, "ray::Cells")]
+            nodes = busy if victim == "raylet" else place.cluster.nodes
+            name = "raylet" if victim == "raylet" else "ray::Cells"
+            kill([pid for node in nodes for pid in place.cluster.processes(node, name)][:1])
+        run.end()
+    finally:
+        run.close()
+    kept = answers_in(run.runs)
+    resumed = runner.run(manifest, runs=run.runs, **OPTIONS)
+    undisturbed = runner.run(manifest, runs=tmp_path / "undisturbed", **OPTIONS)
+    assert comparable_records(resumed.records) == comparable_records(undisturbed.records)
+    assert answers_in(run.runs) == answers_in(tmp_path / "undisturbed")
+    assert all(answers_in(run.runs)[path][: len(lines)] == lines for path, lines in kept.items())
+
+
+def answers_in(runs):
+    """Return cell -> its stored answers in order; what a batch says of itself holds timings."""
+    return {
+        path.relative_to(runs): [
+            line for line in path.read_bytes().splitlines() if b'"key":"batch/' not in line
+        ]
+        for path in runs.rglob("items.jsonl")
+    }
+
+
 def kill(pids):
     assert pids
     for pid in pids:
