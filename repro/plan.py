@@ -332,7 +332,7 @@ def _label(
 ) -> str:
     """Return ``zoo:retriever | xattention stride=16 | ruler niah_single_1@4096``."""
     method = " ".join(
-        [entry.slug, *(f"{name}={_short(entry.config[name])}" for name in entry.shown)]
+        [entry.slug, *(f"{name}={short(entry.config[name])}" for name in entry.shown)]
     )
     if repeat:
         method += f" rerun {repeat}"
@@ -341,7 +341,7 @@ def _label(
     if options.get("length"):
         text += f"@{options['length']}"
     others = sorted(telling - {*LABEL_OPTIONS, "length"})
-    text += "".join(f" {name}={_short(options.get(name))}" for name in others)
+    text += "".join(f" {name}={short(options.get(name))}" for name in others)
     if seed:
         text += f" seed={seed}"
     return f"{info.name} | {method} | {text}"
@@ -367,7 +367,8 @@ def _telling_options(profile: Profile, measurement: str) -> set[str]:
     return telling
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return an option's value as labels show it."""
     return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
 
 
@@ -381,6 +382,17 @@ def _missing_resources(resources: dict[str, Any], device: str) -> dict[str, str]
             f"the profile asks for {gpus:g} GPU{'s' if gpus > 1 else ''}{size}; this machine has none"
             ": run it on one, or join a cluster with --address"
         )
+    elif gpus and memory:
+        import torch
+
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        have = max((gpu.total_memory / 2**30 for gpu in found), default=0.0)
+        # A card of 80 GB has less than 80 GiB, and nobody means to leave it out.
+        if have < memory * 1e9 / 2**30:
+            missing["gpu"] = (
+                f"the profile asks for a GPU with {memory:g} GiB; the largest here has {have:.0f}"
+                ": run it on a larger one, or join a cluster with --address"
+            )
     wanted = resources.get("memory_gib", 0)
     if wanted:
         import psutil

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -36,6 +37,11 @@ class CellActor:
         root = runs if self.shared else tempfile.mkdtemp(prefix="repro-")
         self.worker = Worker(RunStore(root, warn=self._warnings.append), artifacts=artifacts)
         self._items: Path | None = None
+
+    def close(self) -> None:
+        """Remove what it kept, if that was for itself alone."""
+        if not self.shared:
+            shutil.rmtree(self.worker.store.root, ignore_errors=True)
 
     def ready(self, device: str) -> dict[str, Any]:
         """Return which machine this is, whether its device computes and it shares the store."""

@@ -35,6 +35,7 @@ READY_TRIES = 5  # starts of a process before its machine counts as broken
 POLL_SECONDS = 0.2
 GROW_SECONDS = 5.0  # between two looks at what the cluster has
 PROGRESS_SECONDS = 1.0
+CLOSE_SECONDS = 5.0
 HEAD_SECONDS = 10.0  # without the cluster's head before the run ends; Ray itself waits for 60
 OBJECT_STORE_BYTES = 100 * 2**20  # records travel, tensors do not
 
@@ -403,6 +404,8 @@ class _Worker:
         if not self.ended:
             self.ended = True
             with contextlib.suppress(Exception):
+                if not self.shared:
+                    self.ray.wait([self.actor.close.remote()], timeout=CLOSE_SECONDS)
                 self.ray.kill(self.actor, no_restart=True)
 
     def _arrived(self, ready: dict[str, Any]) -> None:
@@ -510,6 +513,7 @@ def _actor_class(ray: Any, session: Session, request: Request) -> Any:
     }
     members = {
         "progress": ray.method(concurrency_group="watch")(CellActor.progress),
+        "close": ray.method(concurrency_group="watch")(CellActor.close),
         # Waits through a restart; running a cell again is the driver's decision alone.
         "ready": ray.method(max_task_retries=READY_TRIES)(CellActor.ready),
     }

@@ -54,9 +54,7 @@ class Cluster:
                 continue
             for old in self.nodes[number : number + 1]:
                 _kill(old)
-            self.nodes[number : number + 1] = [
-                self._start(number + 1, f"--address={self.address}")
-            ]
+            self.nodes[number : number + 1] = [self._start(number + 1, f"--address={self.address}")]
 
     def processes(self, node: subprocess.Popen[bytes], name: str) -> list[int]:
         """Return the ids of a node's processes whose name or command begins with a text."""

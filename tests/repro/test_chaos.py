@@ -71,8 +71,8 @@ class Run:
         self.before = self.place.stored.stat().st_size
         place.cluster.repair()
         command = [sys.executable, "-m", "repro", "run", str(manifest or place.manifest)]
-        command += ["--profile", "p", "--quiet", "--no-report", "--runs", str(runs), "--device", "cpu"]
-        command += ["--executor", "ray", "--address", place.cluster.address]
+        command += ["--profile", "p", "--quiet", "--no-report", "--runs", str(runs)]
+        command += ["--executor", "ray", "--device", "cpu", "--address", place.cluster.address]
         self.driver = subprocess.Popen(
             command, env=place.cluster.environment, stderr=subprocess.PIPE, text=True
         )

@@ -2,7 +2,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -337,6 +339,44 @@ class TestRay:
             device="cpu",
         )
         assert inline.counts == {"cached": 2}
+
+    def test_workers_that_do_not_see_the_drivers_disk_send_their_files(
+        self, plugins, write_manifest, tmp_path, monkeypatch, run
+    ):
+        pytest.importorskip("ray")
+        from repro.executors import ray as executor
+
+        monkeypatch.setenv("PYTHONPATH", plugins.environment["PYTHONPATH"])
+        monkeypatch.setattr(executor, "_token", lambda session: "")
+        with tempfile.TemporaryDirectory(dir="/tmp") as own:
+            monkeypatch.setenv("TMPDIR", own)
+            parts = {"measurements": "[{noop: {tasks: [ok, crash, flood], lengths: [128, 256]}}]"}
+            sent = runner.run(
+                write_manifest(**parts),
+                profile="p",
+                runs=tmp_path / "sent",
+                executor="ray",
+                device="cpu",
+                quiet=True,
+            )
+            assert list(Path(own).glob("repro-*")) == []
+        assert sent.counts == {"ok": 8, "crashed": 4}
+        here = run(**parts)
+        assert [record["status"] for record in sent.records] == [
+            record["status"] for record in here.records
+        ]
+        assert items_of(tmp_path / "sent") == items_of(tmp_path / "runs")
+        for name, count in (("log.txt", 4), ("output.txt", 4)):
+            assert len(list((tmp_path / "sent").rglob(name))) == count
+        # What came from elsewhere is reused here.
+        again = runner.run(
+            write_manifest(measurements="[{noop: {lengths: [128, 256]}}]"),
+            profile="p",
+            runs=tmp_path / "sent",
+            executor="inline",
+            device="cpu",
+        )
+        assert again.counts == {"cached": 4}
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_ctrl_c_stops_and_says_how_to_go_on(
