@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -53,9 +54,6 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # ``repro methods | head``
-        sys.stderr.close()
-        sys.exit(0)
     sys.exit(0)
 
 
@@ -383,12 +381,17 @@ def zoo_train(
 
 
 def _emit(value: Any, as_json: bool, show: Any) -> None:
-    if as_json:
-        from repro.keys import jsonable
+    try:
+        if as_json:
+            from repro.keys import jsonable
 
-        print(json.dumps(jsonable(value), indent=2, ensure_ascii=False))
-    else:
-        show()
+            print(json.dumps(jsonable(value), indent=2, ensure_ascii=False))
+        else:
+            show()
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # Rich makes an exit with code 1 of a broken pipe
+        # ``repro methods | head``: nobody reads on, which is no failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(name: str, profile: str, runs: str, results: str, *, quiet: bool) -> None:

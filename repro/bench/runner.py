@@ -137,8 +137,8 @@ def _ray_costs(folder: Path, rounds: int, cells: int) -> tuple[float | None, flo
     from repro.executors import ray as executor
 
     with executor.cluster(ray, None, cpus=WORKERS + 1):
-        remote = ray.remote(num_cpus=1, max_concurrency=2 * WORKERS)(_Simulation)
-        simulation = remote.remote()
+        remote: Any = ray.remote(_Simulation)
+        simulation = remote.options(num_cpus=1, max_concurrency=2 * WORKERS).remote()
         ray.get(simulation.ready.remote())
 
         def seconds(number: int, pause: float) -> float:
@@ -198,8 +198,9 @@ def _session(folder: Path, cells: int) -> Any:
     planned = []
     for index in range(cells):
         measured = {"name": "bench_noop", "options": {"task": f"t{index}"}}
-        cell = {"subject": "bench_noop:one", "method": {"slug": "dense", "config": {}}}
-        cell |= {"measurement": measured, "device": "cpu", "seed": 0, "label": f"cell {index}"}
+        cell: dict[str, Any] = {"subject": "bench_noop:one", "measurement": measured, "seed": 0}
+        cell |= {"method": {"slug": "dense", "config": {}}, "device": "cpu"}
+        cell["label"] = f"cell {index}"
         planned.append(PlannedCell(key=f"{index:064x}", cell=cell, estimate_seconds=1.0))
     plan = Plan(name="noop", profile="noop", device="cpu", manifest={}, cells=tuple(planned))
     environment = {"environment_id": "simulated"}
