@@ -104,7 +104,11 @@ def run(
     ] = "auto",
     device: Device = "auto",
     budget: Annotated[
-        str | None, typer.Option(help="Time to spend, such as 10m: the cheapest comparisons run.")
+        str | None,
+        typer.Option(
+            help="Time to spend, such as 10m or 2gpu-h: every cell asks as many items as fit, and "
+            "the run says which difference these can show."
+        ),
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Run the cells whose label holds this text or pattern.")

@@ -35,12 +35,14 @@ class PlannedCell:
         key: SHA-256 of everything the outcome depends on but the machine.
         cell: The resolved cell, JSON-able.
         artifact: What the calibration stage needs, None where there is none; ``id`` is its key.
+        items: How many items it asks, 0 where it has none.
         estimate_seconds: Rough seconds on 2 CPU cores.
     """
 
     key: str
     cell: dict[str, Any]
     artifact: dict[str, Any] | None = None
+    items: int = 0
     estimate_seconds: float = 0.0
 
     @property
@@ -52,6 +54,7 @@ class PlannedCell:
             "key": self.key,
             "cell": self.cell,
             "artifact": self.artifact,
+            "items": self.items,
             "estimate_seconds": round(self.estimate_seconds, 1),
         }
 
@@ -121,7 +124,12 @@ class Plan:
 
 
 def make_plan(
-    manifest: Manifest, profile: str = "embedded", *, device: str = "auto", cluster: bool = False
+    manifest: Manifest,
+    profile: str = "embedded",
+    *,
+    device: str = "auto",
+    cluster: bool = False,
+    items: int | None = None,
 ) -> Plan:
     """Return the plan of one profile.
 
@@ -131,14 +139,15 @@ def make_plan(
         device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is a device).
         cluster: A Ray cluster is to run it, whose head may lack what its workers have: ``auto``
             is then CUDA where the profile asks for GPUs.
+        items: Most items a cell (option ``Measurement.item_count``), the first ones.
 
     Raises:
         BadInput: If the profile or the device is unknown.
     """
     chosen = manifest.profile(profile)
     if cluster and device != "cpu" and (device == "cuda" or chosen.resources.get("gpus")):
-        return _Planner(manifest, chosen, "cuda").plan()
-    return _Planner(manifest, chosen, resolve_device(device)).plan()
+        return _Planner(manifest, chosen, "cuda", items).plan()
+    return _Planner(manifest, chosen, resolve_device(device), items).plan()
 
 
 def resolve_device(device: str) -> str:
@@ -160,7 +169,10 @@ def resolve_device(device: str) -> str:
 
 
 class _Planner:
-    def __init__(self, manifest: Manifest, profile: Profile, device: str) -> None:
+    def __init__(
+        self, manifest: Manifest, profile: Profile, device: str, items: int | None
+    ) -> None:
+        self.items = items
         self.manifest = manifest
         self.profile = profile
         self.device = device
@@ -237,6 +249,10 @@ class _Planner:
         repeat: int,
     ) -> PlannedCell:
         measurement = self.measurements[measured.name]
+        items = int(options.get(measurement.item_count) or 0)
+        if self.items and items > self.items:
+            items = self.items
+            options = {**options, measurement.item_count: items}
         identity: dict[str, Any] = {
             "subject": info.name,
             "subject_revision": info.revision,
@@ -273,6 +289,7 @@ class _Planner:
             key=key,
             cell=cell,
             artifact=artifact,
+            items=items,
             estimate_seconds=float(measurement.estimate_seconds(options, info)),
         )
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from repro.budget import Allowance
 from repro.errors import BadInput, Fault, near_matches
 from repro.keys import canonical_json
 from repro.plan import Plan, PlannedCell
@@ -57,7 +57,8 @@ class Session:
     Attributes:
         selected: The cells that this run is to do, in the plan's order.
         environment: What records say of this machine.
-        deadline: ``time.monotonic()`` at which the budget ends, None without one.
+        allowance: What is left of the budget, None without one.
+        known_pace: Measured over estimated seconds of what this machine did before.
         keep_going: Run the other cells after one that failed.
         implied: Do not try a longer cell of what ran out of memory.
     """
@@ -68,7 +69,8 @@ class Session:
     environment: dict[str, Any]
     listener: Listener
     fresh: bool = False
-    deadline: float | None = None
+    allowance: Allowance | None = None
+    known_pace: float = 1.0
     keep_going: bool = True
     implied: bool = True
     address: str | None = None
@@ -104,7 +106,7 @@ class Session:
                 self.settle(planned, "crashed", f"{died.splitlines()[0]}, in the last run")
             else:
                 waiting.append(planned)
-        return waiting if self.deadline is None else _most_informative_first(waiting)
+        return waiting if self.allowance is None else _most_informative_first(waiting)
 
     def _missing(self, planned: PlannedCell) -> str | None:
         missing = self.plan.missing
@@ -132,17 +134,19 @@ class Session:
             message = f"out of memory at length {shortest} already"
             self.settle(planned, "implied", message, environment=environment)
             return True
-        if self.deadline is not None:
-            left = self.deadline - time.monotonic()
-            if left <= 0 or planned.estimate_seconds * self.pace() > left:
-                needs = planned.estimate_seconds * self.pace()
+        if self.allowance is not None:
+            left, needs = self.allowance.left(), planned.estimate_seconds * self.pace()
+            if left <= 0 or needs > left:
                 message = f"budget spent: needs about {needs:.0f} s, {max(left, 0):.0f} s were left"
                 self.settle(planned, "not_run", message)
                 return True
+            self.allowance.reserve(planned.key, needs)
         return False
 
     def finish(self, planned: PlannedCell, record: dict[str, Any]) -> None:
         """Take in the record of a cell that ran."""
+        if self.allowance is not None:
+            self.allowance.spend(planned.key, record.get("seconds", 0.0))
         if record["status"] == "ok" and planned.estimate_seconds > 0:
             # A subject loads once for many cells: its time says nothing of the next cell's.
             seconds = record.get("seconds", 0.0) - record.get("load_seconds", 0.0)
@@ -179,10 +183,10 @@ class Session:
         return record
 
     def pace(self) -> float:
-        """Return measured over estimated seconds so far, 1 until something was measured."""
+        """Return measured over estimated seconds so far, the known one until something was."""
         measured = sum(seconds for seconds, _ in self._speed)
         estimated = sum(estimate for _, estimate in self._speed)
-        return measured / estimated if estimated > 0 and measured > 0 else 1.0
+        return measured / estimated if estimated > 0 and measured > 0 else self.known_pace
 
     def _note(self, planned: PlannedCell, record: dict[str, Any], *, cached: bool) -> None:
         self.records[planned.key] = record

@@ -178,7 +178,7 @@ class Pool:
         self.session = session
         self.request = request
         # With a budget, the session's order is the point.
-        self.queue = Queue(cells, chain_of=chain_of, longest_first=session.deadline is None)
+        self.queue = Queue(cells, chain_of=chain_of, longest_first=session.allowance is None)
         self.later: list[tuple[float, PlannedCell]] = []  # cells to be tried again, and when
         self.tries: dict[str, int] = {}
         self.workers: list[_Worker] = []

@@ -101,7 +101,7 @@ def run(context):
 
 
 MEASUREMENT = Measurement(
-    name="noop", options=Options, expand=expand, run=run, libraries=("numpy",),
+    name="noop", options=Options, expand=expand, run=run, libraries=("numpy",), item_count="items",
     estimate_seconds=lambda options, info: options["length"] / 128,
 )
 '''
