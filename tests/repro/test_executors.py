@@ -275,6 +275,61 @@ def test_a_killed_driver_resumes_to_the_same_records(
     assert items_of(killed) == items_of(tmp_path / "runs")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the limit is of POSIX")
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(plugins, write_manifest, tmp_path, run):
+    import resource
+
+    def limit():  # of every file's size: bites for root too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    parts = {"measurements": "[{noop: {items: 400}}]"}
+    path, full = write_manifest(**parts), tmp_path / "full"
+    done = subprocess.run(
+        command(path, full, "--executor", "inline", "--quiet"),
+        env=plugins.environment,
+        preexec_fn=limit,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "items.jsonl: cannot be written: File too large; free space or choose" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+    (kept,) = full.rglob("items.jsonl")
+    stored = kept.read_bytes()
+    assert 10_000 < len(stored) <= 20_000 and stored.endswith(b"\n")
+    resumed = runner.run(path, profile="p", runs=full, executor="inline", device="cpu")
+    assert comparable(resumed) == comparable(run(**parts))
+    assert kept.read_bytes().startswith(stored)
+    assert items_of(full) == items_of(tmp_path / "runs")
+
+
+def test_a_clock_that_goes_back_changes_nothing(run, tmp_path, monkeypatch):
+    from datetime import timedelta
+
+    from repro import status, store
+
+    run(only="dense")
+
+    class Yesterday(store.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return super().now(zone) - timedelta(days=1)
+
+    real = time.time
+    monkeypatch.setattr(store, "datetime", Yesterday)
+    monkeypatch.setattr(time, "time", lambda: real() - 86_400)
+    second = run()
+    assert second.counts == {"cached": 1, "ok": 1}
+    first, later = second.records
+    assert later["created"] < first["created"]
+    assert 0 <= later["seconds"] < 60
+    found = status.examine(store.RunStore(tmp_path / "runs"), "toy", "p")
+    assert (found["state"], found["counts"]) == ("finished", {"ok": 2})
+    assert found["silent_seconds"] is None or found["silent_seconds"] >= 0
+    monkeypatch.undo()
+
+
 def items_of(runs):
     return {path.relative_to(runs): path.read_bytes() for path in runs.rglob("items.jsonl")}
 

@@ -36,6 +36,7 @@ def test_record_of_a_cell(run_cells, plugins):
 @pytest.mark.parametrize(
     ("task", "status", "message"),
     [
+        ("allocate", "oom", "[enforce fail at alloc_cpu.cpp"),
         ("crash", "crashed", "KeyError: 'a bug'"),
         ("unsupported", "unsupported", "fake: sliding windows are not supported"),
         ("float", "numerical", "overflow"),

@@ -43,6 +43,10 @@ def expand(options):
 def _misbehave(task, length, marker):
     if task == "oom" and length >= 256:
         raise MemoryError("no memory left")
+    if task == "allocate":  # refused by the allocator itself
+        import torch
+
+        torch.empty(2**50, dtype=torch.uint8)
     if task == "crash":
         raise KeyError("a bug")
     if task == "unsupported":
