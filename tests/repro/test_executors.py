@@ -59,6 +59,22 @@ class TestInline:
         run()
         assert run(methods="[fake, {fake: {stride: 8}}]").counts == {"cached": 2, "ok": 1}
 
+    def test_a_changed_line_of_a_method_reruns_that_method_alone(self, run, plugins):
+        run()
+        with (plugins.root / "methods/fake/__init__.py").open("a") as stream:
+            stream.write("# a better idea\n")
+        outcome = run()
+        assert outcome.counts == {"cached": 1, "ok": 1}
+        assert outcome.records[1]["cell"]["method"]["slug"] == "fake"
+
+    def test_another_working_directory_changes_nothing(self, run, tmp_path, monkeypatch):
+        first = run()
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        second = run()
+        assert second.counts == {"cached": 2}
+        assert comparable(first) == comparable(second)
+
     def test_fresh_computes_again(self, run):
         run()
         assert run(fresh=True).counts == {"ok": 2}
