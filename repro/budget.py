@@ -52,30 +52,27 @@ def parse(text: str) -> Budget:
 
 @dataclass
 class Allowance:
-    """What is left of a budget while a run spends it.
-
-    Attributes:
-        gpus: GPUs that one worker holds, a share of one included.
-    """
+    """What is left of a budget while a run spends it; seconds of GPUs are of all GPUs together."""
 
     budget: Budget
-    gpus: float = 1.0
     _began: float = field(default_factory=time.monotonic)
-    _spent: dict[str, float] = field(default_factory=dict)
+    _spent: float = 0.0
+    _reserved: dict[str, float] = field(default_factory=dict)
 
     def left(self) -> float:
         """Return the seconds that one more cell may take."""
         if not self.budget.of_gpus:
             return self.budget.seconds - (time.monotonic() - self._began)
-        return (self.budget.seconds - sum(self._spent.values())) / self.gpus
+        return self.budget.seconds - self._spent - sum(self._reserved.values())
 
     def reserve(self, key: str, seconds: float) -> None:
         """Count a cell that starts by its estimate: other workers start beside it."""
-        self._spent[key] = seconds * self.gpus
+        self._reserved[key] = seconds
 
     def spend(self, key: str, seconds: float) -> None:
-        """Count a cell that ended by what it took."""
-        self._spent[key] = seconds * self.gpus
+        """Count a cell that ended, whatever came of it, by what it took."""
+        self._reserved.pop(key, None)
+        self._spent += seconds
 
 
 @dataclass(frozen=True)
@@ -112,9 +109,7 @@ def choose(
     *,
     store: RunStore,
     machine: str,
-    only: str | None = None,
     fresh: bool = False,
-    gpus: float = 1.0,
     say: Callable[[str], None],
 ) -> Plan:
     """Return the plan of a run within a budget; its subset is settled if it is a new run.
@@ -124,9 +119,7 @@ def choose(
         budget: What may be spent.
         store: Where the run is kept.
         machine: Its folder in the store, for what is known of its pace.
-        only: What of the plan is to run.
         fresh: Settle the subset anew.
-        gpus: GPUs that one worker holds.
         say: Is told which subset it is.
 
     Raises:
@@ -136,24 +129,26 @@ def choose(
     if budget.of_gpus and whole.device != "cuda":
         rule = "of the clock where a run has no GPU, such as 10m"
         raise BadInput(Fault("--budget", "the budget", rule, f"GPU time on {whole.device}"))
-    path = store.root / whole.name / whole.profile / f"{whole.device}{SUFFIX}"
     largest = max((planned.items for planned in whole.cells), default=0)
     if not largest:
         return whole
+    path = store.root / whole.name / whole.profile / f"{whole.device}{SUFFIX}"
     items = None if fresh else _settled(path)
+    new = items is None
     if items is None:
-        seconds = PLANNED_SHARE * budget.seconds / (gpus if budget.of_gpus else 1.0)
-        items = fit(make, seconds / pace_of(store, whole, machine), largest=largest, only=only)
+        usable = PLANNED_SHARE * budget.seconds / pace_of(store, whole, machine)
+        items = fit(make, usable, largest=largest, of_gpus=budget.of_gpus)
     plan = make(items) if items < largest else whole
     subset = _subset(plan, min(items, largest), largest)
-    write_atomically(path, json.dumps(asdict(subset)).encode() + b"\n")
+    if new:  # what was settled stays, also while a manifest asks for less
+        write_atomically(path, json.dumps(asdict(subset)).encode() + b"\n")
     if items < largest:
         say(subset.text())
     return plan
 
 
 def fit(
-    make: Callable[[int | None], Plan], seconds: float, *, largest: int, only: str | None = None
+    make: Callable[[int | None], Plan], seconds: float, *, largest: int, of_gpus: bool = False
 ) -> int:
     """Return the most items a cell of which all cells fit into a time, by their estimates.
 
@@ -161,11 +156,14 @@ def fit(
     """
     steps = [items for items in LADDER if items < largest] + [largest]
 
-    def fits(items: int) -> bool:
-        return sum(cell.estimate_seconds for cell in make(items).select(only)) <= seconds
+    def cost(items: int) -> float:
+        plan = make(items)
+        return sum(
+            cell.estimate_seconds * (plan.gpus_of(cell) if of_gpus else 1.0) for cell in plan.cells
+        )
 
-    # Estimates grow with the items.
-    return max((items for items in steps if fits(items)), default=steps[0])
+    # Costs grow with the items.
+    return max((items for items in steps if cost(items) <= seconds), default=steps[0])
 
 
 def pace_of(store: RunStore, plan: Plan, machine: str) -> float:

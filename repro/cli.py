@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -208,7 +210,7 @@ def submit(
     how = f"repro submit --attach {job} --address {address}"
     say(f"job {job}")
     if not follow:
-        print(f"follow it with: {how}")
+        _emit(how, False, lambda: print(f"follow it with: {how}"))
         sys.exit(0)
     _stop_on_sigterm()
     try:
@@ -218,9 +220,9 @@ def submit(
         sys.exit(INTERRUPTED)
     from repro import report as reports
 
-    for path in reports.write([], runs=Path(runs), results=Path(results)):
-        if path.suffix == ".md":
-            print(f"written: {path}")
+    written = reports.write([], runs=Path(runs), results=Path(results))
+    lines = [f"written: {path}" for path in written if path.suffix == ".md"]
+    _emit(lines, False, lambda: print("\n".join(lines)))
     sys.exit(0 if succeeded else 1)
 
 
@@ -385,16 +387,22 @@ def zoo_train(
 
 
 def _emit(value: Any, as_json: bool, show: Any) -> None:
-    try:
+    with _reader_may_leave():
         if as_json:
             from repro.keys import jsonable
 
             print(json.dumps(jsonable(value), indent=2, ensure_ascii=False))
         else:
             show()
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Take it as no failure that nobody reads on, as in ``repro methods | head``."""
+    try:
+        yield
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):  # Rich makes an exit with code 1 of a broken pipe
-        # ``repro methods | head``: nobody reads on, which is no failure.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -406,10 +414,11 @@ def _report(name: str, profile: str, runs: str, results: str, *, quiet: bool) ->
     slugs = [name] if name in registry.slugs() else []
     written = reports.write(slugs, runs=Path(runs), results=Path(results))
     if not quiet:
-        reports.console_table(name, profile, runs=Path(runs), results=Path(results))
-        for path in written:
-            if path.suffix == ".md":
-                print(f"written: {path}")
+        with _reader_may_leave():
+            reports.console_table(name, profile, runs=Path(runs), results=Path(results))
+            for path in written:
+                if path.suffix == ".md":
+                    print(f"written: {path}")
 
 
 def _print_counts(counts: dict[str, int]) -> None:

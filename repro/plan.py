@@ -24,6 +24,7 @@ from repro.subjects import SubjectInfo
 
 KEY_SCHEMA = 1
 LABEL_OPTIONS = ("task", "phase", "inputs", "protocol")  # always shown, by value alone
+NOMINAL_GIB = 1e9  # bytes: a card of 80 GB has less than 80 GiB, and nobody means to leave it out
 LOAD_SECONDS = 10.0  # imports of torch and transformers, and the weights
 
 
@@ -104,6 +105,25 @@ class Plan:
         if not kept:
             raise BadInput(Fault("--only", "the pattern", "found in a cell's label", pattern))
         return kept
+
+    def gpus_of(self, planned: PlannedCell) -> float:
+        """Return how many GPUs (a share of one included) a cell holds; 0 on the CPU.
+
+        What needs its device alone, as timings do, holds a whole one.
+        """
+        if self.device == "cpu":
+            return 0.0
+        gpus = float(self.resources.get("gpus") or 1)
+        alone = measurements.get(planned.cell["measurement"]["name"]).alone
+        return max(gpus, 1.0) if alone else gpus
+
+    def lack_of(self, environment: dict[str, Any]) -> str:
+        """Return what a machine of the cluster lacks for the profile; empty if nothing."""
+        wanted = self.resources.get("gpu_memory_gib" if self.device == "cuda" else "memory_gib", 0)
+        have = environment.get("memory_bytes")
+        if not wanted or have is None or have >= wanted * NOMINAL_GIB:
+            return ""
+        return f"the profile asks for {wanted:g} GiB of memory, it has {have / 2**30:.0f}"
 
     @property
     def estimate_seconds(self) -> float:
@@ -403,20 +423,20 @@ def _missing_resources(resources: dict[str, Any], device: str) -> dict[str, str]
         import torch
 
         found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        have = max((gpu.total_memory / 2**30 for gpu in found), default=0.0)
-        # A card of 80 GB has less than 80 GiB, and nobody means to leave it out.
-        if have < memory * 1e9 / 2**30:
+        have = max((gpu.total_memory for gpu in found), default=0)
+        if have < memory * NOMINAL_GIB:
+            largest = f"{have / 2**30:.0f}"
             missing["gpu"] = (
-                f"the profile asks for a GPU with {memory:g} GiB; the largest here has {have:.0f}"
+                f"the profile asks for a GPU with {memory:g} GiB; the largest here has {largest}"
                 ": run it on a larger one, or join a cluster with --address"
             )
     wanted = resources.get("memory_gib", 0)
     if wanted:
         import psutil
 
-        have = psutil.virtual_memory().total / 2**30
-        if have < wanted:
+        have = psutil.virtual_memory().total
+        if have < wanted * NOMINAL_GIB:
             missing["memory"] = (
-                f"the profile asks for {wanted:g} GiB of memory; here are {have:.0f}"
+                f"the profile asks for {wanted:g} GiB of memory; here are {have / 2**30:.0f}"
             )
     return missing

@@ -86,7 +86,6 @@ def run(
 
     plan = make()
     plan.select(only)
-    gpus = float(plan.resources.get("gpus") or 1.0)
     name = executors.choose(plan, address=address) if executor == "auto" else executor
     module = executors.get(name)
     with RunStore(runs).lock():
@@ -99,9 +98,8 @@ def run(
                 allowed,
                 store=RunStore(runs),
                 machine=machine,
-                only=only,
-                fresh=fresh,
-                gpus=gpus,
+                # Some cells alone do not settle the subset of all.
+                fresh=fresh and only is None,
                 say=lambda text: print(text, file=sys.stderr),
             )
         selected = plan.select(only)
@@ -118,7 +116,7 @@ def run(
                     environment=environment,
                     listener=Together(listener, journal, *([also] if also else [])),
                     fresh=fresh,
-                    allowance=None if allowed is None else budgets.Allowance(allowed, gpus),
+                    allowance=None if allowed is None else budgets.Allowance(allowed),
                     known_pace=1.0 if allowed is None else budgets.pace_of(store, plan, machine),
                     keep_going=keep_going,
                     implied=implied,

@@ -143,8 +143,9 @@ def _ray_costs(folder: Path, rounds: int, cells: int) -> tuple[float | None, flo
 
         def seconds(number: int, pause: float) -> float:
             session = _session(folder / f"pause-{pause:g}", number)
-            actors = SimpleNamespace(remote=lambda *_: _Simulated(simulation, pause))
-            request = executor.Request(cpus=1.0, gpus=0.0)
+            made = SimpleNamespace(remote=lambda *_: _Simulated(simulation, pause))
+            actors = SimpleNamespace(options=lambda **_: made)
+            request = executor.Request()
             pool = executor.Pool(ray, session, request, session.pending(), actor_class=actors)
             started = time.perf_counter()
             pool.drain()
@@ -159,11 +160,14 @@ class _Simulation:
     """The process that plays all workers."""
 
     async def ready(self) -> dict[str, Any]:
+        import ray
+
         return {
             "environment": {"environment_id": "simulated"},
             "healthy": True,
             "shared": True,
             "worker": "simulated",
+            "node": ray.get_runtime_context().get_node_id(),
             "warnings": [],
         }
 

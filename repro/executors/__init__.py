@@ -76,7 +76,8 @@ class Session:
     address: str | None = None
     artifacts: str | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _oom_lengths: dict[str, int] = field(default_factory=dict)
+    # (chain, machine) -> shortest length that ran out of memory
+    _oom_lengths: dict[tuple[str, str], int] = field(default_factory=dict)
     _speed: list[tuple[float, float]] = field(default_factory=list)
     _first_failure: str = ""
 
@@ -129,13 +130,14 @@ class Session:
             self.settle(planned, "not_run", f"stopped by --fail-fast after {self._first_failure}")
             return True
         length = planned.cell["measurement"]["options"].get("length")
-        shortest = self._oom_lengths.get(chain_of(planned)) if self.implied else None
+        machine = environment_key(environment or self.environment)
+        shortest = self._oom_lengths.get((chain_of(planned), machine)) if self.implied else None
         if shortest is not None and isinstance(length, int) and length > shortest:
             message = f"out of memory at length {shortest} already"
             self.settle(planned, "implied", message, environment=environment)
             return True
         if self.allowance is not None:
-            left, needs = self.allowance.left(), planned.estimate_seconds * self.pace()
+            left, needs = self.allowance.left(), self._cost(planned, self._estimate(planned))
             if left <= 0 or needs > left:
                 message = f"budget spent: needs about {needs:.0f} s, {max(left, 0):.0f} s were left"
                 self.settle(planned, "not_run", message)
@@ -145,8 +147,7 @@ class Session:
 
     def finish(self, planned: PlannedCell, record: dict[str, Any]) -> None:
         """Take in the record of a cell that ran."""
-        if self.allowance is not None:
-            self.allowance.spend(planned.key, record.get("seconds", 0.0))
+        self.spent(planned, record.get("seconds", 0.0))
         if record["status"] == "ok" and planned.estimate_seconds > 0:
             # A subject loads once for many cells: its time says nothing of the next cell's.
             seconds = record.get("seconds", 0.0) - record.get("load_seconds", 0.0)
@@ -164,6 +165,7 @@ class Session:
         message: str,
         *,
         environment: dict[str, Any] | None = None,
+        seconds: float = 0.0,
     ) -> dict[str, Any]:
         """Write and report the record of a cell that a worker did not run to its end.
 
@@ -172,8 +174,10 @@ class Session:
             status: ``not_run`` is of no machine; all else counts among the results of one.
             message: Why.
             environment: The machine it failed on, if not this one.
+            seconds: How long it ran.
         """
-        body: dict[str, Any] = {"created": now(), "seconds": 0.0}
+        self.spent(planned, seconds)
+        body: dict[str, Any] = {"created": now(), "seconds": round(seconds, 3)}
         if status != "not_run":
             body["environment"] = environment or self.environment
         record = make_record(planned.key, planned.cell, status, message, **body)
@@ -181,6 +185,19 @@ class Session:
         self.store.cell(planned.key, machine).write_record(record)
         self._note(planned, record, cached=False)
         return record
+
+    def spent(self, planned: PlannedCell, seconds: float) -> None:
+        """Charge the budget with what a cell took, also where nothing came of it."""
+        if self.allowance is not None:
+            self.allowance.spend(planned.key, self._cost(planned, seconds))
+
+    def _estimate(self, planned: PlannedCell) -> float:
+        return planned.estimate_seconds * self.pace()
+
+    def _cost(self, planned: PlannedCell, seconds: float) -> float:
+        """Return seconds as the budget counts them."""
+        of_gpus = self.allowance is not None and self.allowance.budget.of_gpus
+        return seconds * self.plan.gpus_of(planned) if of_gpus else seconds
 
     def pace(self) -> float:
         """Return measured over estimated seconds so far, the known one until something was."""
@@ -195,8 +212,8 @@ class Session:
             self._first_failure = f"{planned.label}: {record['status']}"
         length = planned.cell["measurement"]["options"].get("length")
         if record["status"] == "oom" and isinstance(length, int):
-            chain = chain_of(planned)
-            self._oom_lengths[chain] = min(length, self._oom_lengths.get(chain, length))
+            here = (chain_of(planned), environment_key(record["environment"]))
+            self._oom_lengths[here] = min(length, self._oom_lengths.get(here, length))
         self.listener.finished(planned, record, cached=cached)
 
 

@@ -1,10 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro import budget, executors, manifest, runner
+from repro import budget, executors, manifest, measurements, runner
 from repro.budget import Allowance, Budget
 from repro.errors import BadInput
 from repro.plan import PlannedCell, make_plan
@@ -39,10 +40,14 @@ def test_gpu_time_needs_gpus(plugins, write_manifest, tmp_path):
         runner.run(write_manifest(), profile="p", runs=tmp_path, device="cpu", budget="2gpu-h")
 
 
+def noop():
+    return measurements.get("noop")
+
+
 @pytest.fixture
 def make(plugins, write_manifest, monkeypatch):
     """Plans of 4 cells of 40 items that are estimated at a second each."""
-    measurement = manifest.measurements.get("noop")
+    measurement = noop()
     monkeypatch.setitem(
         vars(measurement), "estimate_seconds", lambda options, info: float(options["items"])
     )
@@ -54,7 +59,7 @@ def make(plugins, write_manifest, monkeypatch):
 def test_as_many_items_as_fit(seconds):
     def plan(items):
         cells = [PlannedCell(key=str(i), cell={}, estimate_seconds=items) for i in range(4)]
-        return type("Plan", (), {"select": lambda self, only: cells})()
+        return type("Plan", (), {"cells": cells})()
 
     found = budget.fit(plan, seconds, largest=40)
     steps = [*(items for items in budget.LADDER if items < 40), 40]
@@ -110,6 +115,26 @@ def test_the_subset_is_settled_with_the_run(run, tmp_path):
     assert run("75s")[:2] == ({40}, {"cached": 4})
 
 
+def test_some_cells_alone_do_not_settle_the_subset_of_all(run, tmp_path):
+    assert run("75s", only="noop ok")[0] == {16}
+    assert run("10h", only="noop ok", fresh=True)[0] == {16}
+
+
+def test_a_manifest_that_asks_for_less_lowers_nothing_for_later(make, write_manifest, tmp_path):
+    from repro.store import RunStore
+
+    def plan(items):
+        path = write_manifest(measurements=f"[{{noop: {{tasks: [ok, nan], items: {items}}}}}]")
+        checked = manifest.load(path)
+        made = lambda most=None: make_plan(checked, "p", device="cpu", items=most)
+        said = []
+        options = {"store": RunStore(tmp_path / "runs"), "machine": "m", "say": said.append}
+        cells = budget.choose(made, Budget(75), **options).cells
+        return {cell.items for cell in cells}, len(said)
+
+    assert [plan(items) for items in (40, 10, 40)] == [({16}, 1), ({10}, 0), ({16}, 1)]
+
+
 def test_an_unreadable_subset_is_settled_anew(run, tmp_path):
     run("75s")
     (path,) = (tmp_path / "runs").rglob("cpu.subset")
@@ -150,20 +175,29 @@ class TestAllowance:
         assert [allowance.left(), allowance.left()] == [30.0, -10.0]
 
     def test_of_gpus_counts_what_all_workers_take(self):
-        allowance = Allowance(Budget(100, of_gpus=True), gpus=2.0)
-        assert allowance.left() == 50.0
-        allowance.reserve("a", 20.0)
-        allowance.reserve("b", 20.0)
-        assert allowance.left() == 10.0
-        allowance.spend("a", 5.0)
-        assert allowance.left() == 25.0
-
-    def test_a_session_reserves_and_spends(self):
         allowance = Allowance(Budget(100, of_gpus=True))
-        session = executors.Session(None, (), None, {}, Quiet(), allowance=allowance)
-        cell = {"subject": "s", "method": {}, "measurement": {"name": "m", "options": {}}}
-        planned = PlannedCell(key="a", cell=cell, estimate_seconds=30.0)
-        assert not session.settled_without_running(planned)
-        assert allowance.left() == 70.0
-        session.finish(planned, {"status": "ok", "seconds": 60.0})
-        assert allowance.left() == 40.0 and session.pace() == 2.0
+        allowance.reserve("a", 40.0)
+        allowance.reserve("b", 40.0)
+        assert allowance.left() == 20.0
+        allowance.spend("a", 10.0)
+        assert allowance.left() == 50.0
+        # A second try of a cell does not compete with its own first one.
+        allowance.spend("b", 15.0)
+        allowance.reserve("b", 40.0)
+        assert allowance.left() == 35.0
+
+    @pytest.mark.parametrize(
+        ("gpus", "alone", "held"), [(2, False, 2), (0.25, False, 0.25), (0.25, True, 1)]
+    )
+    def test_a_session_reserves_and_spends_what_a_cell_holds(self, make, gpus, alone, held):
+        plan = dataclasses.replace(make(), device="cuda", resources={"gpus": gpus})
+        measurement = noop()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(vars(measurement), "alone", alone)
+            allowance = Allowance(Budget(100, of_gpus=True))
+            session = executors.Session(plan, (), None, {}, Quiet(), allowance=allowance)
+            planned = dataclasses.replace(plan.cells[0], estimate_seconds=30.0)
+            assert not session.settled_without_running(planned)
+            assert allowance.left() == 100 - 30 * held
+            session.finish(planned, {"status": "ok", "seconds": 45.0, "environment": {}})
+            assert allowance.left() == 100 - 45 * held and session.pace() == 1.5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from repro import executors, manifest, runner
+from repro import executors, manifest, runner, store
 from repro.budget import Allowance
 from repro.errors import BadInput, MissingResource
 from repro.plan import PlannedCell, make_plan
@@ -131,6 +131,17 @@ class TestInline:
         assert outcome.counts == {"timeout": 2, "ok": 2}
         assert "took longer than 0.6 s" in outcome.records[0]["message"]
         assert outcome.exit_code == 0
+
+    def test_the_time_of_a_cell_ends_before_its_record_is_written(self, run, monkeypatch):
+        real = store.CellFolder.write_record
+
+        def slow(folder, record):
+            time.sleep(0.7)
+            real(folder, record)
+
+        monkeypatch.setattr(store.CellFolder, "write_record", slow)
+        outcome = run(methods="[dense]", timeout_minutes="0.01")
+        assert outcome.counts == {"ok": 1}
 
     def test_a_flood_of_output_is_cut_and_kept_from_the_user(self, run, tmp_path, capfd):
         outcome = run(measurements="[{noop: {tasks: [flood]}}]", methods="[dense]")
@@ -323,7 +334,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(plugins, write_manife
 def test_a_clock_that_goes_back_changes_nothing(run, tmp_path, monkeypatch):
     from datetime import timedelta
 
-    from repro import status, store
+    from repro import status
 
     run(only="dense")
 
@@ -401,10 +412,10 @@ class TestRay:
         self, plugins, write_manifest, tmp_path, monkeypatch, run
     ):
         pytest.importorskip("ray")
-        from repro.executors import ray as executor
+        from repro.executors import _pool
 
         monkeypatch.setenv("PYTHONPATH", plugins.environment["PYTHONPATH"])
-        monkeypatch.setattr(executor, "_token", lambda session: "")
+        monkeypatch.setattr(_pool, "_token", lambda session: "")
         with tempfile.TemporaryDirectory(dir="/tmp") as own:
             monkeypatch.setenv("TMPDIR", own)
             parts = {"measurements": "[{noop: {tasks: [ok, crash, flood], lengths: [128, 256]}}]"}

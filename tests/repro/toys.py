@@ -51,6 +51,10 @@ def _misbehave(task, length, marker):
         raise KeyError("a bug")
     if task == "unsupported":
         raise NotImplementedError("fake: sliding windows are not supported")
+    if task == "exit":
+        raise SystemExit("a library gave up")
+    if task == "surrogate":
+        raise ValueError("no such file: " + os.fsdecode(b"\\xff"))
     if task == "float":
         raise FloatingPointError("overflow")
     if task == "hang":
