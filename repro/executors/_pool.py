@@ -278,5 +278,5 @@ def _actor_class(ray: Any) -> Any:
         # Waits through a restart; running a cell again is the driver's decision alone.
         "ready": ray.method(max_task_retries=READY_TRIES)(CellActor.ready),
     }
-    remote = ray.remote(concurrency_groups={"watch": 1})(type("Cells", (CellActor,), members))
-    return remote.options(**options)
+    cells = type("Cells", (CellActor,), members)
+    return ray.remote(concurrency_groups={"watch": 1}, **options)(cells)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -83,9 +84,19 @@ class Cluster:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_the_tests,
         )
         wait_for(lambda: bool(self.processes(process, "raylet")), process)
         return process
+
+
+def _end_with_the_tests() -> None:
+    """Have the system end this process, and Ray its children, when its parent is killed."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _kill(node: subprocess.Popen[bytes]) -> None:
