@@ -9,7 +9,7 @@ REPRO := $(VENV)/bin/python -m repro
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-all report verify bench test test-slow lint clean
+.PHONY: help setup reproduce-all report verify bench test test-slow test-chaos lint clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 24
@@ -46,6 +46,9 @@ test: setup ## Run the tests (minutes, no GPU, no network).
 
 test-slow: setup ## Run the long tests too (training recipes).
 	$(VENV)/bin/python -m pytest -q -m 'slow or not slow'
+
+test-chaos: setup ## Kill every part of a run on a local cluster, ten rounds of each.
+	$(VENV)/bin/python -m pytest -q -m 'chaos or not slow' tests/repro/test_chaos.py
 
 lint: setup ## Check format, style and types.
 	$(VENV)/bin/ruff format --check .

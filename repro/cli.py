@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -53,9 +56,6 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # ``repro methods | head``
-        sys.stderr.close()
-        sys.exit(0)
     sys.exit(0)
 
 
@@ -106,12 +106,26 @@ def run(
     ] = "auto",
     device: Device = "auto",
     budget: Annotated[
-        str | None, typer.Option(help="Time to spend, such as 10m: the cheapest comparisons run.")
+        str | None,
+        typer.Option(
+            help="Time to spend, such as 10m or 2gpu-h: every cell asks as many items as fit, and "
+            "the run says which difference these can show."
+        ),
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Run the cells whose label holds this text or pattern.")
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Compute again what is done already.")] = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going/--fail-fast", help="After a cell that failed.")
+    ] = True,
+    implied: Annotated[
+        bool,
+        typer.Option(
+            "--implied/--no-implied",
+            help="Take the longer cells of what ran out of memory as out of memory too.",
+        ),
+    ] = True,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster.")] = None,
     artifacts: Artifacts = None,
     runs: Runs = "runs",
@@ -137,6 +151,8 @@ def run(
             only=only,
             budget=budget,
             fresh=fresh,
+            keep_going=keep_going,
+            implied=implied,
             address=address,
             artifacts=artifacts,
             quiet=quiet or as_json,
@@ -194,7 +210,7 @@ def submit(
     how = f"repro submit --attach {job} --address {address}"
     say(f"job {job}")
     if not follow:
-        print(f"follow it with: {how}")
+        _emit(how, False, lambda: print(f"follow it with: {how}"))
         sys.exit(0)
     _stop_on_sigterm()
     try:
@@ -204,9 +220,9 @@ def submit(
         sys.exit(INTERRUPTED)
     from repro import report as reports
 
-    for path in reports.write([], runs=Path(runs), results=Path(results)):
-        if path.suffix == ".md":
-            print(f"written: {path}")
+    written = reports.write([], runs=Path(runs), results=Path(results))
+    lines = [f"written: {path}" for path in written if path.suffix == ".md"]
+    _emit(lines, False, lambda: print("\n".join(lines)))
     sys.exit(0 if succeeded else 1)
 
 
@@ -371,12 +387,23 @@ def zoo_train(
 
 
 def _emit(value: Any, as_json: bool, show: Any) -> None:
-    if as_json:
-        from repro.keys import jsonable
+    with _reader_may_leave():
+        if as_json:
+            from repro.keys import jsonable
 
-        print(json.dumps(jsonable(value), indent=2, ensure_ascii=False))
-    else:
-        show()
+            print(json.dumps(jsonable(value), indent=2, ensure_ascii=False))
+        else:
+            show()
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Take it as no failure that nobody reads on, as in ``repro methods | head``."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # Rich makes an exit with code 1 of a broken pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(name: str, profile: str, runs: str, results: str, *, quiet: bool) -> None:
@@ -387,10 +414,11 @@ def _report(name: str, profile: str, runs: str, results: str, *, quiet: bool) ->
     slugs = [name] if name in registry.slugs() else []
     written = reports.write(slugs, runs=Path(runs), results=Path(results))
     if not quiet:
-        reports.console_table(name, profile, runs=Path(runs), results=Path(results))
-        for path in written:
-            if path.suffix == ".md":
-                print(f"written: {path}")
+        with _reader_may_leave():
+            reports.console_table(name, profile, runs=Path(runs), results=Path(results))
+            for path in written:
+                if path.suffix == ".md":
+                    print(f"written: {path}")
 
 
 def _print_counts(counts: dict[str, int]) -> None:

@@ -24,6 +24,7 @@ from repro.subjects import SubjectInfo
 
 KEY_SCHEMA = 1
 LABEL_OPTIONS = ("task", "phase", "inputs", "protocol")  # always shown, by value alone
+NOMINAL_GIB = 1e9  # bytes: a card of 80 GB has less than 80 GiB, and nobody means to leave it out
 LOAD_SECONDS = 10.0  # imports of torch and transformers, and the weights
 
 
@@ -35,12 +36,14 @@ class PlannedCell:
         key: SHA-256 of everything the outcome depends on but the machine.
         cell: The resolved cell, JSON-able.
         artifact: What the calibration stage needs, None where there is none; ``id`` is its key.
+        items: How many items it asks, 0 where it has none.
         estimate_seconds: Rough seconds on 2 CPU cores.
     """
 
     key: str
     cell: dict[str, Any]
     artifact: dict[str, Any] | None = None
+    items: int = 0
     estimate_seconds: float = 0.0
 
     @property
@@ -52,6 +55,7 @@ class PlannedCell:
             "key": self.key,
             "cell": self.cell,
             "artifact": self.artifact,
+            "items": self.items,
             "estimate_seconds": round(self.estimate_seconds, 1),
         }
 
@@ -102,6 +106,25 @@ class Plan:
             raise BadInput(Fault("--only", "the pattern", "found in a cell's label", pattern))
         return kept
 
+    def gpus_of(self, planned: PlannedCell) -> float:
+        """Return how many GPUs (a share of one included) a cell holds; 0 on the CPU.
+
+        What needs its device alone, as timings do, holds a whole one.
+        """
+        if self.device == "cpu":
+            return 0.0
+        gpus = float(self.resources.get("gpus") or 1)
+        alone = measurements.get(planned.cell["measurement"]["name"]).alone
+        return max(gpus, 1.0) if alone else gpus
+
+    def lack_of(self, environment: dict[str, Any]) -> str:
+        """Return what a machine of the cluster lacks for the profile; empty if nothing."""
+        wanted = self.resources.get("gpu_memory_gib" if self.device == "cuda" else "memory_gib", 0)
+        have = environment.get("memory_bytes")
+        if not wanted or have is None or have >= wanted * NOMINAL_GIB:
+            return ""
+        return f"the profile asks for {wanted:g} GiB of memory, it has {have / 2**30:.0f}"
+
     @property
     def estimate_seconds(self) -> float:
         loads = LOAD_SECONDS * len({cell.cell["subject"] for cell in self.cells})
@@ -121,7 +144,12 @@ class Plan:
 
 
 def make_plan(
-    manifest: Manifest, profile: str = "embedded", *, device: str = "auto", cluster: bool = False
+    manifest: Manifest,
+    profile: str = "embedded",
+    *,
+    device: str = "auto",
+    cluster: bool = False,
+    items: int | None = None,
 ) -> Plan:
     """Return the plan of one profile.
 
@@ -131,14 +159,15 @@ def make_plan(
         device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is a device).
         cluster: A Ray cluster is to run it, whose head may lack what its workers have: ``auto``
             is then CUDA where the profile asks for GPUs.
+        items: Most items a cell (option ``Measurement.item_count``), the first ones.
 
     Raises:
         BadInput: If the profile or the device is unknown.
     """
     chosen = manifest.profile(profile)
     if cluster and device != "cpu" and (device == "cuda" or chosen.resources.get("gpus")):
-        return _Planner(manifest, chosen, "cuda").plan()
-    return _Planner(manifest, chosen, resolve_device(device)).plan()
+        return _Planner(manifest, chosen, "cuda", items).plan()
+    return _Planner(manifest, chosen, resolve_device(device), items).plan()
 
 
 def resolve_device(device: str) -> str:
@@ -160,7 +189,10 @@ def resolve_device(device: str) -> str:
 
 
 class _Planner:
-    def __init__(self, manifest: Manifest, profile: Profile, device: str) -> None:
+    def __init__(
+        self, manifest: Manifest, profile: Profile, device: str, items: int | None
+    ) -> None:
+        self.items = items
         self.manifest = manifest
         self.profile = profile
         self.device = device
@@ -237,6 +269,10 @@ class _Planner:
         repeat: int,
     ) -> PlannedCell:
         measurement = self.measurements[measured.name]
+        items = int(options.get(measurement.item_count) or 0)
+        if self.items and items > self.items:
+            items = self.items
+            options = {**options, measurement.item_count: items}
         identity: dict[str, Any] = {
             "subject": info.name,
             "subject_revision": info.revision,
@@ -273,6 +309,7 @@ class _Planner:
             key=key,
             cell=cell,
             artifact=artifact,
+            items=items,
             estimate_seconds=float(measurement.estimate_seconds(options, info)),
         )
 
@@ -332,7 +369,7 @@ def _label(
 ) -> str:
     """Return ``zoo:retriever | xattention stride=16 | ruler niah_single_1@4096``."""
     method = " ".join(
-        [entry.slug, *(f"{name}={_short(entry.config[name])}" for name in entry.shown)]
+        [entry.slug, *(f"{name}={short(entry.config[name])}" for name in entry.shown)]
     )
     if repeat:
         method += f" rerun {repeat}"
@@ -341,7 +378,7 @@ def _label(
     if options.get("length"):
         text += f"@{options['length']}"
     others = sorted(telling - {*LABEL_OPTIONS, "length"})
-    text += "".join(f" {name}={_short(options.get(name))}" for name in others)
+    text += "".join(f" {name}={short(options.get(name))}" for name in others)
     if seed:
         text += f" seed={seed}"
     return f"{info.name} | {method} | {text}"
@@ -367,7 +404,8 @@ def _telling_options(profile: Profile, measurement: str) -> set[str]:
     return telling
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return an option's value as labels show it."""
     return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
 
 
@@ -381,13 +419,24 @@ def _missing_resources(resources: dict[str, Any], device: str) -> dict[str, str]
             f"the profile asks for {gpus:g} GPU{'s' if gpus > 1 else ''}{size}; this machine has none"
             ": run it on one, or join a cluster with --address"
         )
+    elif gpus and memory:
+        import torch
+
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        have = max((gpu.total_memory for gpu in found), default=0)
+        if have < memory * NOMINAL_GIB:
+            largest = f"{have / 2**30:.0f}"
+            missing["gpu"] = (
+                f"the profile asks for a GPU with {memory:g} GiB; the largest here has {largest}"
+                ": run it on a larger one, or join a cluster with --address"
+            )
     wanted = resources.get("memory_gib", 0)
     if wanted:
         import psutil
 
-        have = psutil.virtual_memory().total / 2**30
-        if have < wanted:
+        have = psutil.virtual_memory().total
+        if have < wanted * NOMINAL_GIB:
             missing["memory"] = (
-                f"the profile asks for {wanted:g} GiB of memory; here are {have:.0f}"
+                f"the profile asks for {wanted:g} GiB of memory; here are {have / 2**30:.0f}"
             )
     return missing

@@ -167,6 +167,7 @@ class Live(Quiet):
         super().__exit__(*exc)
 
     def started(self, planned: PlannedCell, worker: str) -> None:
+        self._end(planned)  # tried again
         self._running[planned.key] = self._bars.add_task(
             _clip(planned.label), total=1, left=f"about {duration(planned.estimate_seconds)}"
         )
@@ -185,15 +186,18 @@ class Live(Quiet):
 
     def finished(self, planned: PlannedCell, record: dict[str, Any], *, cached: bool) -> None:
         super().finished(planned, record, cached=cached)
-        task = self._running.pop(planned.key, None)
-        if task is not None:
-            self._bars.remove_task(task)
+        self._end(planned)
         self._pace.finished(planned, cached=cached)
         if not cached:
             self.message(line_of(planned, record))
         left = self._pace.left()
         text = f"{duration(left)} left" if left else ""
         self._bars.update(self._all, completed=sum(self.counts.values()), left=text)
+
+    def _end(self, planned: PlannedCell) -> None:
+        task = self._running.pop(planned.key, None)
+        if task is not None:
+            self._bars.remove_task(task)
 
     def message(self, text: str) -> None:
         self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import time
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repro import budget as budgets
 from repro import executors, manifest, status
-from repro.errors import BadInput, Fault, MissingResource
-from repro.plan import make_plan, resolve_device
+from repro.errors import MissingResource
+from repro.plan import Plan, make_plan, resolve_device
 from repro.progress import Listener, Together, listener_for
-from repro.store import RunStore
-
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+from repro.store import RunStore, environment_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,18 +22,20 @@ class Outcome:
     Attributes:
         records: The records of the selected cells, in the plan's order.
         counts: Status -> cells; ``cached`` counts the reused ones.
+        stopped: Whether a failure ended the run, as ``keep_going=False`` asks for.
     """
 
     name: str
     profile: str
     records: tuple[dict[str, Any], ...]
     counts: dict[str, int]
+    stopped: bool = False
 
     @property
     def exit_code(self) -> int:
-        """1 if a cell crashed or its machine failed, else 0, whatever was measured."""
+        """1 if a cell crashed, its machine failed or the run stopped, else 0."""
         failed = [record for record in self.records if record["status"] in ("crashed", "infra")]
-        return 1 if failed else 0
+        return 1 if failed or self.stopped else 0
 
 
 def run(
@@ -48,6 +48,8 @@ def run(
     only: str | None = None,
     budget: str | None = None,
     fresh: bool = False,
+    keep_going: bool = True,
+    implied: bool = True,
     address: str | None = None,
     artifacts: str | None = None,
     quiet: bool = False,
@@ -60,8 +62,11 @@ def run(
         runs: Folder of the run store.
         executor: ``auto``, ``inline`` or ``ray``.
         only: Keep the cells whose label holds this text or matches this shell pattern.
-        budget: Time such as ``10m``; the cheapest comparisons run, the others become ``not_run``.
+        budget: Time such as ``10m`` or ``2gpu-h``: every cell asks as many items as fit, the same
+            ones from the first run on; what does not fit all the same becomes ``not_run``.
         fresh: Compute again what is done already; the old files are set aside.
+        keep_going: Run the other cells after one that failed; else they become ``not_run``.
+        implied: Do not try the longer cells of what ran out of memory.
         address: A running Ray cluster.
         artifacts: Folder or URL where calibrations are shared; the run store by default.
         also: Is told of everything beside the display.
@@ -72,15 +77,32 @@ def run(
         MachineFault: If the store cannot be written.
         KeyboardInterrupt: On Ctrl-C; calling again goes on.
     """
-    seconds = None if budget is None else parse_duration(budget)
+    allowed = None if budget is None else budgets.parse(budget)
     checked = manifest.load(path, profile=profile)
-    plan = make_plan(checked, profile, device=device, cluster=address is not None)
-    selected = plan.select(only)
+
+    def make(items: int | None = None) -> Plan:
+        cluster = address is not None
+        return make_plan(checked, profile, device=device, cluster=cluster, items=items)
+
+    plan = make()
+    plan.select(only)
     name = executors.choose(plan, address=address) if executor == "auto" else executor
     module = executors.get(name)
     with RunStore(runs).lock():
         # The driver of a cluster may have no GPU itself.
         environment = environment_of("cpu" if plan.device == "cpu" else resolve_device("auto"))
+        machine = environment_key(environment)
+        if allowed is not None:
+            plan = budgets.choose(
+                make,
+                allowed,
+                store=RunStore(runs),
+                machine=machine,
+                # Some cells alone do not settle the subset of all.
+                fresh=fresh and only is None,
+                say=lambda text: print(text, file=sys.stderr),
+            )
+        selected = plan.select(only)
         estimate = sum(planned.estimate_seconds for planned in selected)
         with listener_for(len(selected), estimate, quiet=quiet) as listener:
             store = RunStore(runs, warn=listener.message)
@@ -94,30 +116,22 @@ def run(
                     environment=environment,
                     listener=Together(listener, journal, *([also] if also else [])),
                     fresh=fresh,
-                    deadline=None if seconds is None else time.monotonic() + seconds,
+                    allowance=None if allowed is None else budgets.Allowance(allowed),
+                    known_pace=1.0 if allowed is None else budgets.pace_of(store, plan, machine),
+                    keep_going=keep_going,
+                    implied=implied,
                     address=address,
                     artifacts=artifacts,
                 )
                 module.execute(session)
             counts = dict(listener.counts)
     records = tuple(session.records[planned.key] for planned in selected)
-    if seconds is None and all(record["status"] == "not_run" for record in records):
+    if allowed is None and all(record["status"] == "not_run" for record in records):
         needs = "\n".join(dict.fromkeys(record["message"] for record in records))
         raise MissingResource(f"nothing of profile {profile} can run here:\n{needs}")
-    return Outcome(name=plan.name, profile=profile, records=records, counts=counts)
-
-
-def parse_duration(text: str) -> float:
-    """Return the seconds of ``90``, ``90s``, ``10m`` or ``2h``.
-
-    Raises:
-        BadInput: If the text is no such duration, or not above 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip())
-    if match is None or match.group(2) not in _UNITS or float(match.group(1)) <= 0:
-        rule = "a duration above 0 such as 90s, 10m or 2h"
-        raise BadInput(Fault("--budget", "the budget", rule, text))
-    return float(match.group(1)) * _UNITS[match.group(2)]
+    return Outcome(
+        name=plan.name, profile=profile, records=records, counts=counts, stopped=session.stopped
+    )
 
 
 def environment_of(device: str) -> dict[str, Any]:

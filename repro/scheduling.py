@@ -52,8 +52,11 @@ class Queue:
         """Return the next cell for a worker that holds a subject (None: none yet).
 
         Another subject is taken only when nothing of this one is left; then that with the most work
-        left, as the load of a model is paid for best there.
+        left, as the load of a model is paid for best there. Where the order is kept, it comes first.
         """
+        if not self._longest_first:
+            chain = self._first_chain()
+            return None if chain is None else self._pop(chain)
         for wanted in self._subjects(subject):
             chain = self._next_chain(wanted)
             if chain is not None:
@@ -91,10 +94,15 @@ class Queue:
             heapq.heappush(self._free[_subject(cells[0])], (order, place, chain))
             self._offered.add(chain)
 
+    def _first_chain(self) -> str | None:
+        """Return the free chain whose next cell comes first; else one that another worker is at."""
+        ready = [(heap[0][1], subject) for subject, heap in self._free.items() if heap]
+        subjects = [min(ready)[1]] if ready else list(self._left)
+        return next(filter(None, map(self._next_chain, subjects)), None)
+
     def _subjects(self, held: str | None) -> list[str]:
         others = [subject for subject in self._left if subject != held]
-        if self._longest_first:
-            others.sort(key=lambda subject: -self._left[subject])
+        others.sort(key=lambda subject: -self._left[subject])
         return ([held] if held is not None else []) + others
 
     def _next_chain(self, subject: str) -> str | None:

@@ -69,5 +69,7 @@ def rule_of(problem: Mapping[str, Any]) -> str:
     known = _RULES.get(problem["type"])
     if known:
         return known
-    text = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    text = str(problem["msg"])
+    for prefix in ("Value error, ", "Assertion failed, ", "Input should be ", "a valid "):
+        text = text.removeprefix(prefix)
     return text[:1].lower() + text[1:]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from repro.errors import BadInput, Fault, MachineFault, near_matches
 from repro.plan import matches
 from repro.progress import Pace
-from repro.store import RunStore, write_atomically
+from repro.store import FAILED, RunStore, write_atomically
 
 if TYPE_CHECKING:
     from repro.plan import PlannedCell
@@ -28,8 +28,6 @@ SUFFIX = ".live"
 BEAT_SECONDS = 2.0
 # A driver that was silent for so long is dead; storing may block for a while on a slow disk.
 SILENT_SECONDS = 20.0
-# Outcomes that are neither a measured value nor a fault.
-_NOT_FAILED = frozenset({"ok", "implied", "not_run", "unsupported"})
 
 
 class Journal:
@@ -146,7 +144,7 @@ def examine(store: RunStore, name: str, profile: str) -> dict[str, Any]:
     failed = {
         record["cell"]["label"]: f"{record['status']}: {record['message']}"
         for record in records
-        if record["status"] not in _NOT_FAILED
+        if record["status"] in FAILED
     }
     found: dict[str, Any] = {
         "name": name,

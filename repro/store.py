@@ -43,11 +43,19 @@ except ImportError:  # Windows: no lock there
 
 RECORD_SCHEMA = 1
 FSYNC_SECONDS = 1.0
+# A worker that lost its cluster's head lives on for 60 s by Ray's default.
+LOCK_SECONDS = 90.0
 # Outcomes that another try may change; every other one is reused.
 RETRIED = frozenset({"crashed", "infra", "implied", "not_run"})
+# Outcomes of a cell that ran and gave nothing that counts.
+FAILED = frozenset({"oom", "timeout", "numerical", "crashed", "infra", "invalid"})
 # Folders of a run store that are no runs; measurements keep what they can make again in ``cache``.
 _NOT_RUNS = frozenset({"cells", "artifacts", "cache"})
 Warn = Callable[[str], None]
+
+
+class CellLocked(ReproError):
+    """Another process, perhaps one on its way out, is writing the cell."""
 
 
 def _silent(text: str) -> None:
@@ -116,7 +124,9 @@ class ItemFile:
     and its item counts as not done; every other line is kept. One process writes at a time.
     """
 
-    def __init__(self, path: Path, *, warn: Warn = _silent, wait_seconds: float = 30.0) -> None:
+    def __init__(
+        self, path: Path, *, warn: Warn = _silent, wait_seconds: float = LOCK_SECONDS
+    ) -> None:
         self.path = path
         self._values: dict[str, dict[str, Any]] = {}
         self._synced_at = 0.0
@@ -186,7 +196,7 @@ class ItemFile:
                 return
             except OSError:
                 if time.monotonic() >= deadline:
-                    raise ReproError(
+                    raise CellLocked(
                         f"{self.path}: another process is still writing this cell; "
                         "wait for it or stop it"
                     ) from None
@@ -444,9 +454,12 @@ class RunStore:
             record = folder.read_record(warn=self.warn)
             if record is not None:
                 records.append({**record, "cell": cell})
-        # What one machine has left out another one has done.
-        ran = [record for record in records if record["status"] != "not_run"]
-        return ran or records[:1] or [make_record(key, cell, "not_run", "planned and not run yet")]
+        # What one machine has left out, or failed at without a word on the cell, another has done.
+        for nothing in ({"not_run", "infra"}, {"not_run"}):
+            ran = [record for record in records if record["status"] not in nothing]
+            if ran:
+                return ran
+        return records[:1] or [make_record(key, cell, "not_run", "planned and not run yet")]
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,47 +1,30 @@
 """Run a manifest as a job of a Ray cluster, and bring its records back.
 
 The checkout is shipped with the records that are here already, so that a resubmission resumes. The
-job writes the files of each finished cell into its own log, as lines that begin with ``@repro``; the
-one that follows the log stores them, at once or days later: nothing but the job server is needed.
-
-    @repro <name of the file below runs/> <part>/<parts> <crc of the whole> <base64 of zlib>
+records come back in the job's log, see ``repro.joblog``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repro.errors import BadInput, Fault, MachineFault, MissingResource, ReproError
-from repro.store import RunStore, write_atomically
+from repro.joblog import SENT, Inbox, Outbox
+from repro.store import RunStore
 
-if TYPE_CHECKING:
-    from repro.plan import PlannedCell
-
-MARK = "@repro"
-# Ray cuts longer lines of a log.
-LINE_BYTES = 8000
 AGENT_SECONDS = 60.0
+# Tries in a row that bring nothing new, and for how long they go on at least.
 RECONNECTS, RECONNECT_SECONDS = 20, 60.0
-_LINE = re.compile(rf"{MARK} (\S+) (\d+)/(\d+) ([0-9a-f]{{8}}) (\S*)$")
-# What a job may write here, and nothing else: a log is no reason to trust paths.
-_PLACES = re.compile(
-    r"cells/[0-9a-f]{2}/[0-9a-f]{64}/[\w.-]+/(record\.json|items\.jsonl|log\.txt|output\.txt)"
-    r"|[\w.-]+/[\w.-]+/(cpu|cuda)\.json"
-)
-_KEPT = ("record.json", "items.jsonl", "log.txt", "output.txt")
 # What a job needs of a checkout; the links in ``repro`` are shipped as what they point at.
 _SHIPPED = ("repro", "manifests", "pyproject.toml")
 
@@ -102,13 +85,16 @@ def _send(client: Any, address: str, **job: Any) -> str:
 def follow(
     job: str, *, address: str, runs: str | Path = "runs", say: Callable[[str], None]
 ) -> bool:
-    """Show a job's progress until it ends and store its records; tell whether it succeeded.
+    """Show a job's progress until it ends and store its records.
 
-    It may be called again, also for a job that ended: what is here already is written over by the
-    same.
+    It may be called again, also for a job that ended: what is here and better is kept.
+
+    Returns:
+        Whether the job succeeded and all its files are here.
 
     Raises:
         BadInput: If no job server answers, or it knows no such job.
+        MachineFault: If the connection stays broken, or the store cannot be written.
         KeyboardInterrupt: On Ctrl-C; the job goes on.
     """
     client = _client(address)
@@ -116,28 +102,77 @@ def follow(
         client.get_job_status(job)
     except RuntimeError as error:
         raise BadInput(Fault("submit", "--attach", f"a job of {address}", job)) from error
-    inbox = Inbox(RunStore(runs))
-    with inbox.store.lock():
-        status = _follow(client, job, inbox, say)
-    if status != "SUCCEEDED":
-        reason = (client.get_job_info(job).message or "").strip().splitlines()
-        say(f"job {job}: {status.value.lower()}; {reason[-1] if reason else 'see its log'}")
-    return bool(status == "SUCCEEDED")
+    store = RunStore(runs, warn=say)
+    with store.lock():
+        ended, missing = _follow(client, job, store, say)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        say(
+            f"job {job}: damaged in its log and missing here: {', '.join(missing[:3])}{more}; "
+            f"`repro submit --attach {job} --address {address}` reads the log again, and a new "
+            "submission computes what has no record"
+        )
+    succeeded = bool(ended.status == "SUCCEEDED")
+    if not succeeded:
+        reason = (ended.message or "").strip().splitlines()
+        say(f"job {job}: {ended.status.value.lower()}; {reason[-1] if reason else 'see its log'}")
+    return succeeded and not missing
 
 
-def _follow(client: Any, job: str, inbox: Inbox, say: Callable[[str], None]) -> Any:
-    """Read the log until the job ends, from its start again where the connection breaks."""
-    said = 0
-    for left in reversed(range(RECONNECTS)):
+def _follow(
+    client: Any, job: str, store: RunStore, say: Callable[[str], None]
+) -> tuple[Any, list[str]]:
+    """Read the log until the job ends, from its start again where the connection breaks.
+
+    Returns:
+        What the server tells of the job, and the files that did not arrive whole.
+
+    Raises:
+        MachineFault: If try after try brings nothing new.
+    """
+    said, left = 0, RECONNECTS
+    while True:
         lines = _Unsaid(said, say)
         try:
-            asyncio.run(_read_log(client.tail_job_logs(job), inbox, lines))
-            return client.get_job_status(job)
-        except (RuntimeError, OSError) as error:
-            said = lines.count
+            return _follow_once(client, job, Inbox(store), lines)
+        except _Broken as error:
+            news = lines.count > said
+            said = max(said, lines.count)
+            left = RECONNECTS if news else left - 1
             if not left or not _answers(client, job, RECONNECT_SECONDS):
                 attach = f"go on with --attach {job}"
                 raise MachineFault(f"submit: the connection is lost: {error}; {attach}") from error
+            if not news:
+                time.sleep(RECONNECT_SECONDS / RECONNECTS)
+
+
+def _follow_once(
+    client: Any, job: str, inbox: Inbox, say: Callable[[str], None]
+) -> tuple[Any, list[str]]:
+    rest = asyncio.run(_read_log(_chunks(client, job), inbox, say))
+    with _connection():
+        state = client.get_job_info(job)
+    if not state.status.is_terminal():
+        # Ray ends the log as if it were whole when its head loses the machine of the job.
+        raise _Broken(f"the log ends, but the job is {state.status.value.lower()}")
+    if rest:
+        _take(rest, inbox, say)
+    return state, inbox.missing()
+
+
+class _Broken(Exception):
+    """The connection to the job broke: there is more to read."""
+
+
+@contextlib.contextmanager
+def _connection() -> Iterator[None]:
+    """Give all that a broken connection raises one type."""
+    import aiohttp
+
+    try:
+        yield
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:
+        raise _Broken(str(error) or type(error).__name__) from error
 
 
 class _Unsaid:
@@ -157,96 +192,34 @@ def _answers(client: Any, job: str, seconds: float) -> bool:
     """Wait until the job server answers again; tell whether it does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with contextlib.suppress(RuntimeError, OSError):
+        with contextlib.suppress(_Broken), _connection():
             client.get_job_status(job)
             return True
         time.sleep(1.0)
     return False
 
 
-async def _read_log(chunks: AsyncIterator[str], inbox: Inbox, say: Callable[[str], None]) -> None:
+async def _chunks(client: Any, job: str) -> AsyncIterator[str]:
+    # Here and not around the reader, whose own errors are none of the connection.
+    with _connection():
+        async for chunk in client.tail_job_logs(job):
+            yield chunk
+
+
+async def _read_log(chunks: AsyncIterator[str], inbox: Inbox, say: Callable[[str], None]) -> str:
+    """Read to the end; return what follows the last line that is whole."""
     rest = ""
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split("\n")
         for line in lines:
-            if not inbox.take(line):
-                say(line)
-    if rest:
-        say(rest)
+            _take(line, inbox, say)
+    return rest
 
 
-class Inbox:
-    """Puts the files of a job's log where they belong in a run store."""
-
-    def __init__(self, store: RunStore) -> None:
-        self.store = store
-        self._parts: dict[str, list[str]] = {}
-
-    def take(self, line: str) -> bool:
-        """Take in a line; tell whether it was one of ours. A damaged file is left out."""
-        found = _LINE.match(line)
-        if found is None:
-            return False
-        name, part, parts, crc, text = found.groups()
-        if int(part) == 1:
-            self._parts[name] = []
-        self._parts.setdefault(name, []).append(text)
-        if part != parts:
-            return True
-        joined = "".join(self._parts.pop(name))
-        with contextlib.suppress(ValueError, zlib.error):
-            data = zlib.decompress(base64.b64decode(joined, validate=True))
-            if f"{zlib.crc32(data):08x}" == crc and _PLACES.fullmatch(name):
-                write_atomically(self.store.root / name, data)
-        return True
-
-
-def lines_of(name: str, data: bytes) -> Iterator[str]:
-    """Yield the lines that carry a file of the run store."""
-    text = base64.b64encode(zlib.compress(data)).decode()
-    parts = [text[i : i + LINE_BYTES] for i in range(0, len(text), LINE_BYTES)]
-    crc = f"{zlib.crc32(data):08x}"
-    for number, part in enumerate(parts, 1):
-        yield f"{MARK} {name} {number}/{len(parts)} {crc} {part}"
-
-
-class Outbox:
-    """A listener that writes the files of every finished cell into the job's log."""
-
-    def __init__(self, store: RunStore, name: str, profile: str, stream: Any) -> None:
-        self.store, self.stream = store, stream
-        self.index = store.root / name / profile
-        self._sent: set[Path] = set()
-
-    def started(self, planned: PlannedCell, worker: str) -> None:
-        self._send_index()
-
-    def progress_of(self, planned: PlannedCell) -> Callable[[int, int], None]:
-        return lambda done, total: None
-
-    def finished(self, planned: PlannedCell, record: dict[str, Any], *, cached: bool) -> None:
-        self._send_index()
-        if not cached:
-            for folder in self.store.folders(planned.key):
-                # The record last: what has one is complete.
-                for kept in sorted(_KEPT, key=lambda name: name == "record.json"):
-                    self._send(folder.path / kept)
-
-    def message(self, text: str) -> None:
-        pass
-
-    def _send_index(self) -> None:
-        for path in self.index.glob("*.json"):
-            if path not in self._sent:
-                self._sent.add(path)
-                self._send(path)
-
-    def _send(self, path: Path) -> None:
-        if path.exists():
-            name = path.relative_to(self.store.root).as_posix()
-            for line in lines_of(name, path.read_bytes()):
-                print(line, file=self.stream)
-            self.stream.flush()
+def _take(line: str, inbox: Inbox, say: Callable[[str], None]) -> None:
+    text = inbox.take(line)
+    if text is not None:
+        say(text)
 
 
 def _client(address: str) -> Any:
@@ -301,7 +274,7 @@ def _stage(staged: Path, manifest: Path, store: RunStore, name: str, profile: st
             for folder in store.folders(entry["key"]):
                 target = staged / "runs" / folder.path.relative_to(store.root)
                 target.mkdir(parents=True, exist_ok=True)
-                for kept in _KEPT:
+                for kept in SENT:
                     if (folder.path / kept).exists():
                         shutil.copy(folder.path / kept, target / kept)
                 records += 1
@@ -313,7 +286,7 @@ def main(name: str, profile: str, device: str) -> int:
     from repro import runner
 
     store = RunStore("runs")
-    outbox = Outbox(store, name, profile, sys.stdout)
+    outbox = Outbox(store, name, profile)
     outcome = runner.run(
         Path("manifests") / f"{name}.yaml",
         profile=profile,

@@ -136,6 +136,10 @@ def comparable_records(records: Iterable[dict[str, Any]]) -> str:
     """Return records as text, without timings, memory, dates and the state of the machine."""
     changing = ("seconds", "load_seconds", "created", "environment", "failure")
     kept = [{k: v for k, v in record.items() if k not in changing} for record in records]
+    for record in kept:
+        if "patch" in record:
+            timed = "selection_seconds"
+            record["patch"] = {k: v for k, v in record["patch"].items() if k != timed}
     return json.dumps(kept, sort_keys=True)
 
 

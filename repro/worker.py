@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from repro import environment, measurements, registry, subjects
@@ -26,7 +27,7 @@ from repro.measurements import CellContext
 from repro.method import Artifact, Method
 from repro.output import captured
 from repro.plan import PlannedCell
-from repro.store import CellFolder, RunStore, Warn, environment_key, make_record, now
+from repro.store import CellFolder, CellLocked, RunStore, Warn, environment_key, make_record, now
 
 STATUSES = (
     "ok",
@@ -80,8 +81,18 @@ class Worker:
         machine = environment_key(self.environment(planned.cell["device"]))
         return self.store.cell(planned.key, machine)
 
-    def run(self, planned: PlannedCell, progress: Progress) -> dict[str, Any]:
+    def run(
+        self,
+        planned: PlannedCell,
+        progress: Progress,
+        limit: AbstractContextManager[None] | None = None,
+    ) -> dict[str, Any]:
         """Run one cell, store its record and return it; any failure is typed, not raised.
+
+        Args:
+            planned: The cell.
+            progress: Is told (items done, items in all).
+            limit: Raises ``CellTimeout`` in its block; no record is ever made inside.
 
         Raises:
             MachineFault: If the store cannot be written: no other cell could be kept either.
@@ -91,13 +102,14 @@ class Worker:
         started = time.perf_counter()
         self._load_seconds = 0.0
         try:
-            with folder.fatal_errors(), captured(folder.write_output):
+            bounded = limit or contextlib.nullcontext()
+            with folder.fatal_errors(), captured(folder.write_output), bounded:
                 body = self._measure(planned, folder, progress)
         except (MachineFault, KeyboardInterrupt):
             raise
-        except (Exception, CellTimeout) as error:  # noqa: BLE001 - any failure becomes a record
+        except (Exception, CellTimeout, SystemExit) as error:  # noqa: BLE001 - becomes a record
             status, message = classify(error)
-            stack = traceback.format_exc()
+            stack = _printable(traceback.format_exc())
             if status == "crashed":
                 folder.write_log(stack)
                 message += f" (traceback: {folder.log_path})"
@@ -228,7 +240,7 @@ class Worker:
 
 def classify(error: BaseException) -> tuple[str, str]:
     """Return (status, one-line message) of a failure."""
-    lines = str(error).strip().splitlines()
+    lines = _printable(str(error)).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     if isinstance(error, CellTimeout):
         return "timeout", text
@@ -236,6 +248,8 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "oom", text
     if isinstance(error, MissingResource):
         return "not_run", " ".join(lines)
+    if isinstance(error, CellLocked):
+        return "infra", text
     if isinstance(error, NotImplementedError):
         return "unsupported", text
     if isinstance(error, FloatingPointError):
@@ -244,6 +258,11 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "crashed", text
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return "crashed", f"{type(error).__name__}: {text}{notes}"
+
+
+def _printable(text: str) -> str:
+    """Return text that a file can hold: a lone surrogate in a path or a token cannot be encoded."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

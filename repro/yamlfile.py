@@ -198,6 +198,8 @@ def validation_faults(
         at: Location of the validated part inside the file.
         known: Dotted location of a mapping ("" for the top) -> its known keys, for near matches.
     """
+    from repro.schema import rule_of  # pydantic, which only a driver needs
+
     faults = []
     for error in errors:
         # pydantic adds names of union members and "[key]" marks, which are no places of the file.
@@ -212,19 +214,8 @@ def validation_faults(
             names = known.get(dotted(place[:-1]), ())
             remedy = near_matches(str(place[-1]), names) if names else ""
         got = "nothing" if missing else error.get("input")
-        faults.append(Fault(file.where(place), path, _rule(error), got, remedy))
+        faults.append(Fault(file.where(place), path, rule_of(error), got, remedy))
     return faults
-
-
-def _rule(error: Mapping[str, Any]) -> str:
-    if error["type"] == "missing":
-        return "given"
-    if error["type"] == "extra_forbidden":
-        return "a known key"
-    text = str(error["msg"])
-    for prefix in ("Value error, ", "Input should be ", "Assertion failed, "):
-        text = text.removeprefix(prefix)
-    return text.removeprefix("a valid ") if text.startswith("a valid ") else text
 
 
 def dotted(location: Sequence[str | int]) -> str:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from repro.budget import Allowance
 from repro.errors import BadInput, Fault, near_matches
 from repro.keys import canonical_json
 from repro.plan import Plan, PlannedCell
 from repro.progress import Listener
-from repro.store import CellFolder, RunStore, environment_key, make_record, now
+from repro.store import FAILED, CellFolder, RunStore, environment_key, make_record, now
 
 
 def names() -> list[str]:
@@ -57,7 +57,10 @@ class Session:
     Attributes:
         selected: The cells that this run is to do, in the plan's order.
         environment: What records say of this machine.
-        deadline: ``time.monotonic()`` at which the budget ends, None without one.
+        allowance: What is left of the budget, None without one.
+        known_pace: Measured over estimated seconds of what this machine did before.
+        keep_going: Run the other cells after one that failed.
+        implied: Do not try a longer cell of what ran out of memory.
     """
 
     plan: Plan
@@ -66,17 +69,27 @@ class Session:
     environment: dict[str, Any]
     listener: Listener
     fresh: bool = False
-    deadline: float | None = None
+    allowance: Allowance | None = None
+    known_pace: float = 1.0
+    keep_going: bool = True
+    implied: bool = True
     address: str | None = None
     artifacts: str | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _oom_lengths: dict[str, int] = field(default_factory=dict)
+    # (chain, machine) -> shortest length that ran out of memory
+    _oom_lengths: dict[tuple[str, str], int] = field(default_factory=dict)
     _speed: list[tuple[float, float]] = field(default_factory=list)
+    _first_failure: str = ""
 
     @property
     def machine(self) -> str:
         """The name of this machine's folder in the store."""
         return environment_key(self.environment)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a failure has ended the run."""
+        return bool(self._first_failure) and not self.keep_going
 
     def pending(self) -> list[PlannedCell]:
         """Report the cells that are done already and return the others, in running order."""
@@ -94,7 +107,7 @@ class Session:
                 self.settle(planned, "crashed", f"{died.splitlines()[0]}, in the last run")
             else:
                 waiting.append(planned)
-        return waiting if self.deadline is None else _most_informative_first(waiting)
+        return waiting if self.allowance is None else _most_informative_first(waiting)
 
     def _missing(self, planned: PlannedCell) -> str | None:
         missing = self.plan.missing
@@ -113,23 +126,28 @@ class Session:
             planned: The cell.
             environment: The machine that would run it, if not this one.
         """
+        if self.stopped:
+            self.settle(planned, "not_run", f"stopped by --fail-fast after {self._first_failure}")
+            return True
         length = planned.cell["measurement"]["options"].get("length")
-        shortest = self._oom_lengths.get(chain_of(planned))
+        machine = environment_key(environment or self.environment)
+        shortest = self._oom_lengths.get((chain_of(planned), machine)) if self.implied else None
         if shortest is not None and isinstance(length, int) and length > shortest:
             message = f"out of memory at length {shortest} already"
             self.settle(planned, "implied", message, environment=environment)
             return True
-        if self.deadline is not None:
-            left = self.deadline - time.monotonic()
-            if left <= 0 or planned.estimate_seconds * self.pace() > left:
-                needs = planned.estimate_seconds * self.pace()
+        if self.allowance is not None:
+            left, needs = self.allowance.left(), self._cost(planned, self._estimate(planned))
+            if left <= 0 or needs > left:
                 message = f"budget spent: needs about {needs:.0f} s, {max(left, 0):.0f} s were left"
                 self.settle(planned, "not_run", message)
                 return True
+            self.allowance.reserve(planned.key, needs)
         return False
 
     def finish(self, planned: PlannedCell, record: dict[str, Any]) -> None:
         """Take in the record of a cell that ran."""
+        self.spent(planned, record.get("seconds", 0.0))
         if record["status"] == "ok" and planned.estimate_seconds > 0:
             # A subject loads once for many cells: its time says nothing of the next cell's.
             seconds = record.get("seconds", 0.0) - record.get("load_seconds", 0.0)
@@ -147,6 +165,7 @@ class Session:
         message: str,
         *,
         environment: dict[str, Any] | None = None,
+        seconds: float = 0.0,
     ) -> dict[str, Any]:
         """Write and report the record of a cell that a worker did not run to its end.
 
@@ -155,8 +174,10 @@ class Session:
             status: ``not_run`` is of no machine; all else counts among the results of one.
             message: Why.
             environment: The machine it failed on, if not this one.
+            seconds: How long it ran.
         """
-        body: dict[str, Any] = {"created": now(), "seconds": 0.0}
+        self.spent(planned, seconds)
+        body: dict[str, Any] = {"created": now(), "seconds": round(seconds, 3)}
         if status != "not_run":
             body["environment"] = environment or self.environment
         record = make_record(planned.key, planned.cell, status, message, **body)
@@ -165,18 +186,34 @@ class Session:
         self._note(planned, record, cached=False)
         return record
 
+    def spent(self, planned: PlannedCell, seconds: float) -> None:
+        """Charge the budget with what a cell took, also where nothing came of it."""
+        if self.allowance is not None:
+            self.allowance.spend(planned.key, self._cost(planned, seconds))
+
+    def _estimate(self, planned: PlannedCell) -> float:
+        return planned.estimate_seconds * self.pace()
+
+    def _cost(self, planned: PlannedCell, seconds: float) -> float:
+        """Return seconds as the budget counts them."""
+        of_gpus = self.allowance is not None and self.allowance.budget.of_gpus
+        return seconds * self.plan.gpus_of(planned) if of_gpus else seconds
+
     def pace(self) -> float:
-        """Return measured over estimated seconds so far, 1 until something was measured."""
+        """Return measured over estimated seconds so far, the known one until something was."""
         measured = sum(seconds for seconds, _ in self._speed)
         estimated = sum(estimate for _, estimate in self._speed)
-        return measured / estimated if estimated > 0 and measured > 0 else 1.0
+        return measured / estimated if estimated > 0 and measured > 0 else self.known_pace
 
     def _note(self, planned: PlannedCell, record: dict[str, Any], *, cached: bool) -> None:
         self.records[planned.key] = record
+        # What an earlier run has settled would end every later one.
+        if record["status"] in FAILED and not cached and not self._first_failure:
+            self._first_failure = f"{planned.label}: {record['status']}"
         length = planned.cell["measurement"]["options"].get("length")
         if record["status"] == "oom" and isinstance(length, int):
-            chain = chain_of(planned)
-            self._oom_lengths[chain] = min(length, self._oom_lengths.get(chain, length))
+            here = (chain_of(planned), environment_key(record["environment"]))
+            self._oom_lengths[here] = min(length, self._oom_lengths.get(here, length))
         self.listener.finished(planned, record, cached=cached)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from repro.errors import MachineFault
 from repro.plan import PlannedCell
+from repro.store import make_record, now
 
 
 class CellActor:
@@ -20,9 +22,10 @@ class CellActor:
         token: Text of the driver's lock: an actor that reads the same there shares the store, any
             other one keeps its own and sends its files.
         artifacts: Where calibrations are shared, None for the store.
+        name: Of its own store: a process that takes the place of a dead one finds what that left.
     """
 
-    def __init__(self, runs: str, token: str, artifacts: str | None) -> None:
+    def __init__(self, runs: str, token: str, artifacts: str | None, name: str) -> None:
         from repro.store import RunStore
         from repro.worker import Worker
 
@@ -33,17 +36,25 @@ class CellActor:
         self._warnings: list[str] = []
         self._progress = (0, 0)
         self._key = ""
-        root = runs if self.shared else tempfile.mkdtemp(prefix="repro-")
+        root = runs if self.shared else Path(tempfile.gettempdir()) / f"repro-{name}"
         self.worker = Worker(RunStore(root, warn=self._warnings.append), artifacts=artifacts)
         self._items: Path | None = None
 
+    def close(self) -> None:
+        """Remove what it kept, if that was for itself alone."""
+        if not self.shared:
+            shutil.rmtree(self.worker.store.root, ignore_errors=True)
+
     def ready(self, device: str) -> dict[str, Any]:
         """Return which machine this is, whether its device computes and it shares the store."""
+        import ray
+
         return {
             "environment": self.worker.environment(device),
             "healthy": self.worker.healthy(device),
             "shared": self.shared,
             "worker": f"{socket.gethostname()}:{os.getpid()}",
+            "node": ray.get_runtime_context().get_node_id(),
             "warnings": [],
         }
 
@@ -58,7 +69,12 @@ class CellActor:
                 folder.items_path.parent.mkdir(parents=True, exist_ok=True)
                 folder.items_path.write_bytes(items)
             self._items = folder.items_path
-            record = self.worker.run(planned, self._note)
+            died = "" if self.shared else folder.take_fatal()
+            if died:  # of the process before, where the driver cannot see it
+                record = self._died(planned, died)
+                folder.write_record(record)
+            else:
+                record = self.worker.run(planned, self._note)
             result["record"] = record
             if record["status"] in ("crashed", "oom"):
                 result["healthy"] = self.worker.healthy(planned.cell["device"])
@@ -71,6 +87,11 @@ class CellActor:
             result["log"] = folder.read_log()
             result["output"] = folder.read_output()
         return result
+
+    def _died(self, planned: PlannedCell, stack: str) -> dict[str, Any]:
+        environment = self.worker.environment(planned.cell["device"])
+        body = {"environment": environment, "created": now(), "seconds": 0.0}
+        return make_record(planned.key, planned.cell, "crashed", stack.splitlines()[0], **body)
 
     def progress(self, key: str, offset: int) -> tuple[int, int, bytes]:
         """Return (done, total) of the running cell, and its stored items from a byte on.

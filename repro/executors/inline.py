@@ -31,8 +31,8 @@ def execute(session: Session) -> None:
             session.settle(planned, "infra", "the device was lost in an earlier cell")
             continue
         session.listener.started(planned, here)
-        with _time_limit(session.plan.timeout_seconds):
-            record = worker.run(planned, session.listener.progress_of(planned))
+        limit = _time_limit(session.plan.timeout_seconds)
+        record = worker.run(planned, session.listener.progress_of(planned), limit)
         session.finish(planned, record)
         if record["status"] in ("crashed", "timeout"):
             lost = not worker.healthy(planned.cell["device"])

@@ -73,6 +73,8 @@ class Measurement:
             ValueError ``<field> must be <rule>, got <value>`` in ``__post_init__``.
         expand: Options -> one JSON-able dict per cell. A key ``length`` (tokens) orders cells for
             "implied" outcomes.
+        item_count: Option that says how many items a cell asks, where it has such; the first items
+            must not depend on it, so that a budget can ask fewer.
         positions: Cell options -> positions that a subject must have, checked before a run.
         run: Runs one cell and returns the record's body: ``metrics`` (name -> ``{"value", "low",
             "high", "n", "unit"}``, the absent ones None), and where they apply ``patch`` (the
@@ -90,6 +92,7 @@ class Measurement:
     options: type
     expand: Callable[[Any], list[dict[str, Any]]]
     run: Callable[[CellContext], dict[str, Any]]
+    item_count: str = "samples"
     positions: Callable[[Mapping[str, Any]], int] = lambda options: options.get("length") or 0
     alone: bool = False
     paired: bool = False

@@ -8,6 +8,7 @@ from typing import Any
 
 from repro import evidence
 from repro.evidence import Record, Variant
+from repro.plan import short
 
 CONTROL_NAMES = {"random": "random blocks", "oracle": "oracle"}
 
@@ -34,7 +35,7 @@ class Labels:
     def name(self, variant: Variant) -> str:
         """Return ``xattention stride=8`` or ``xattention stride=8, random blocks``."""
         config = json.loads(variant.config)
-        words = [f"{key}={_short(config.get(key))}" for key in self._varying[variant.slug]]
+        words = [f"{key}={short(config.get(key))}" for key in self._varying[variant.slug]]
         text = " ".join([variant.slug, *words])
         if variant.control != "none":
             text += f", {CONTROL_NAMES.get(variant.control, variant.control)}"
@@ -57,7 +58,3 @@ def _varying(configs: list[dict[str, Any]]) -> list[str]:
 def _common(configs: list[dict[str, Any]]) -> dict[str, Any]:
     varying = set(_varying(configs))
     return {name: value for name, value in configs[0].items() if name not in varying}
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

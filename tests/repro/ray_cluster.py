@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 
 class Cluster:
-    """Raylets of one CPU each, the first of them with the head; all on localhost.
+    """Raylets of one CPU each, the first of them with the head, all on addresses of this host.
 
     Args:
         nodes: Number of raylets.
@@ -30,19 +32,30 @@ class Cluster:
             # As in an activated environment: the entry point of a job is plain `python`.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]]),
             "RAY_USAGE_STATS_ENABLED": "0",
-            # A raylet or a driver without its head ends itself after so long.
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+            # One secret for all; without it, what others of this user ran would decide.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
         }
         self.nodes: list[subprocess.Popen[bytes]] = []
-        port = self.address.rpartition(":")[2]
+        self._count = nodes
         dashboard = free_port()
         self.job_server = f"http://127.0.0.1:{dashboard}"
-        shown = [f"--dashboard-port={dashboard}"] if job_server else []
-        self._start(
-            "--head", f"--port={port}", f"--include-dashboard={str(job_server).lower()}", *shown
-        )
-        for _ in range(nodes - 1):
-            self._start(f"--address={self.address}")
+        self._head = ["--head", f"--port={self.address.rpartition(':')[2]}"]
+        self._head.append(f"--include-dashboard={str(job_server).lower()}")
+        self._head += [f"--dashboard-port={dashboard}"] if job_server else []
+        self.repair()
+
+    def repair(self) -> None:
+        """Start what is missing; without its head, everything anew."""
+        if not self.nodes or not self.processes(self.nodes[0], "gcs_server"):
+            self.stop()
+            self.nodes = [self._start(1, *self._head)]
+        for number in range(1, self._count):
+            if number < len(self.nodes) and self.processes(self.nodes[number], "raylet"):
+                continue
+            for old in self.nodes[number : number + 1]:
+                _kill(old)
+            self.nodes[number : number + 1] = [self._start(number + 1, f"--address={self.address}")]
 
     def processes(self, node: subprocess.Popen[bytes], name: str) -> list[int]:
         """Return the ids of a node's processes whose name or command begins with a text."""
@@ -58,28 +71,43 @@ class Cluster:
 
     def stop(self) -> None:
         """Kill all that is left of it."""
-        import psutil
-
         for node in self.nodes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(node.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-            node.kill()
-            node.wait()
+            _kill(node)
 
-    def _start(self, *options: str) -> None:
+    def _start(self, host: int, *options: str) -> subprocess.Popen[bytes]:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
         command += ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]
         process = subprocess.Popen(
-            [*command, "--node-ip-address=127.0.0.1"],
-            env=self.environment,
+            [*command, f"--node-ip-address=127.0.0.{host}"],
+            # A raylet without its head ends itself after so long.
+            env={**self.environment, "RAY_gcs_rpc_server_reconnect_timeout_s": "5"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_the_tests,
         )
-        self.nodes.append(process)
         wait_for(lambda: bool(self.processes(process, "raylet")), process)
+        return process
+
+
+def _end_with_the_tests() -> None:
+    """Have the system end this process, and Ray its children, when its parent is killed."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _kill(node: subprocess.Popen[bytes]) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(node.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    node.kill()
+    node.wait()
 
 
 def free_port() -> int:

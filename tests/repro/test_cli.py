@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -229,6 +230,16 @@ def test_help_loads_nothing_heavy():
     assert done.stderr.strip() == "[]"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a pipe that nobody reads ends otherwise there")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_leaves_is_no_failure(options):
+    command = [sys.executable, "-m", "repro", "methods", "xattention", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 0)
+    process.stderr.close()
+
+
 class TestProgress:
     def test_live_bars(self, plugins, write_manifest):
         from repro import manifest
@@ -240,6 +251,7 @@ class TestProgress:
         with Live(2, made.estimate_seconds) as live:
             live.finished(first, {"status": "ok"}, cached=True)
             live.started(second, "host:1")
+            live.started(second, "host:2")  # the first worker died
             live.progress_of(second)(1, 4)
             task = next(task for task in live._bars.tasks if task.description == second.label)
             assert (task.completed, task.total) == (1, 4)

@@ -2,11 +2,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
-from repro import executors, manifest, runner
+from repro import executors, manifest, runner, store
+from repro.budget import Allowance
 from repro.errors import BadInput, MissingResource
 from repro.plan import PlannedCell, make_plan
 from repro.progress import Quiet
@@ -17,17 +20,17 @@ METHODS = ("dense", "fake")
 
 @pytest.fixture
 def run(plugins, tmp_path, write_manifest):
-    def call(*, fresh=False, budget=None, executor="inline", only=None, **parts):
+    options = ("fresh", "budget", "only", "keep_going", "implied", "executor")
+
+    def call(**parts):
+        asked = {name: parts.pop(name) for name in options if name in parts}
         return runner.run(
             write_manifest(**parts),
             profile="p",
             runs=tmp_path / "runs",
-            executor=executor,
             device="cpu",
-            fresh=fresh,
-            budget=budget,
-            only=only,
             quiet=True,
+            **{"executor": "inline", **asked},
         )
 
     return call
@@ -55,6 +58,22 @@ class TestInline:
     def test_only_what_changed_runs_again(self, run, plugins):
         run()
         assert run(methods="[fake, {fake: {stride: 8}}]").counts == {"cached": 2, "ok": 1}
+
+    def test_a_changed_line_of_a_method_reruns_that_method_alone(self, run, plugins):
+        run()
+        with (plugins.root / "methods/fake/__init__.py").open("a") as stream:
+            stream.write("# a better idea\n")
+        outcome = run()
+        assert outcome.counts == {"cached": 1, "ok": 1}
+        assert outcome.records[1]["cell"]["method"]["slug"] == "fake"
+
+    def test_another_working_directory_changes_nothing(self, run, tmp_path, monkeypatch):
+        first = run()
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        second = run()
+        assert second.counts == {"cached": 2}
+        assert comparable(first) == comparable(second)
 
     def test_fresh_computes_again(self, run):
         run()
@@ -85,6 +104,22 @@ class TestInline:
         assert comparable(again) == comparable(outcome)
         assert again.counts["implied"] == 4
 
+    def test_no_implied_tries_the_longer_cells(self, run):
+        parts = {"measurements": "[{noop: {tasks: [oom], lengths: [128, 256, 512]}}]"}
+        assert run(**parts).counts == {"ok": 2, "oom": 2, "implied": 2}
+        assert run(implied=False, **parts).counts == {"cached": 4, "oom": 2}
+
+    def test_fail_fast_ends_with_the_first_failure_of_this_run(self, run):
+        parts = {"measurements": "[{noop: {tasks: [nan, ok, crash, oom]}}]", "methods": "[dense]"}
+        outcome = run(keep_going=False, **parts)
+        assert (outcome.counts, outcome.exit_code) == ({"numerical": 1, "not_run": 3}, 1)
+        message = outcome.records[1]["message"]
+        assert message == "stopped by --fail-fast after toy:a | dense | noop nan@128: numerical"
+        # What is settled does not end a run again; a crash is tried again, and does.
+        again = run(keep_going=False, **parts)
+        assert again.counts == {"cached": 1, "ok": 1, "crashed": 1, "not_run": 1}
+        assert run(**parts).counts == {"cached": 2, "crashed": 1, "ok": 1}
+
     def test_failed_cells_are_tried_again_and_others_reused(self, run):
         parts = {"measurements": "[{noop: {tasks: [crash, ok, unsupported]}}]"}
         first = run(**parts)
@@ -96,6 +131,17 @@ class TestInline:
         assert outcome.counts == {"timeout": 2, "ok": 2}
         assert "took longer than 0.6 s" in outcome.records[0]["message"]
         assert outcome.exit_code == 0
+
+    def test_the_time_of_a_cell_ends_before_its_record_is_written(self, run, monkeypatch):
+        real = store.CellFolder.write_record
+
+        def slow(folder, record):
+            time.sleep(0.7)
+            real(folder, record)
+
+        monkeypatch.setattr(store.CellFolder, "write_record", slow)
+        outcome = run(methods="[dense]", timeout_minutes="0.01")
+        assert outcome.counts == {"ok": 1}
 
     def test_a_flood_of_output_is_cut_and_kept_from_the_user(self, run, tmp_path, capfd):
         outcome = run(measurements="[{noop: {tasks: [flood]}}]", methods="[dense]")
@@ -136,11 +182,11 @@ class TestInline:
 
         def spy(session, planned):
             order.append(planned.label.split(" | ", 1)[1])
-            # The clock moves by what the cells are estimated to take, on a fresh session by 0.
-            session.deadline = time.monotonic() + (3.5 if len(order) < 7 else 0.0)
             return real(session, planned)
 
+        left = iter([3.5] * 6 + [0.0] * 2)
         monkeypatch.setattr(executors.Session, "settled_without_running", spy)
+        monkeypatch.setattr(Allowance, "left", lambda allowance: next(left))
         monkeypatch.setattr(executors.Session, "pace", lambda session: 1.0)
         outcome = run(budget="1h", **parts)
         cheap = [f"{method} | noop {task}@128" for task in ("ok", "nan") for method in METHODS]
@@ -204,21 +250,6 @@ def test_unknown_executor(run, plugins):
         run(executor="rya")
 
 
-@pytest.mark.parametrize("text", ["", "0m", "ten", "5d", "-3s"])
-def test_bad_budget(text):
-    with pytest.raises(BadInput, match="--budget"):
-        runner.parse_duration(text)
-
-
-def test_durations():
-    assert [runner.parse_duration(text) for text in ("90", "90s", "10m", "1.5h")] == [
-        90,
-        90,
-        600,
-        5400,
-    ]
-
-
 def test_auto_takes_ray_only_where_it_schedules_something(plugins, write_manifest):
     pytest.importorskip("ray")
     one = make_plan(manifest.load(write_manifest()), "p", device="cpu")
@@ -271,6 +302,61 @@ def test_a_killed_driver_resumes_to_the_same_records(
     assert items_of(killed) == items_of(tmp_path / "runs")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the limit is of POSIX")
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(plugins, write_manifest, tmp_path, run):
+    import resource
+
+    def limit():  # of every file's size: bites for root too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    parts = {"measurements": "[{noop: {items: 400}}]"}
+    path, full = write_manifest(**parts), tmp_path / "full"
+    done = subprocess.run(
+        command(path, full, "--executor", "inline", "--quiet"),
+        env=plugins.environment,
+        preexec_fn=limit,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "items.jsonl: cannot be written: File too large; free space or choose" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+    (kept,) = full.rglob("items.jsonl")
+    stored = kept.read_bytes()
+    assert 10_000 < len(stored) <= 20_000 and stored.endswith(b"\n")
+    resumed = runner.run(path, profile="p", runs=full, executor="inline", device="cpu")
+    assert comparable(resumed) == comparable(run(**parts))
+    assert kept.read_bytes().startswith(stored)
+    assert items_of(full) == items_of(tmp_path / "runs")
+
+
+def test_a_clock_that_goes_back_changes_nothing(run, tmp_path, monkeypatch):
+    from datetime import timedelta
+
+    from repro import status
+
+    run(only="dense")
+
+    class Yesterday(store.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return super().now(zone) - timedelta(days=1)
+
+    real = time.time
+    monkeypatch.setattr(store, "datetime", Yesterday)
+    monkeypatch.setattr(time, "time", lambda: real() - 86_400)
+    second = run()
+    assert second.counts == {"cached": 1, "ok": 1}
+    first, later = second.records
+    assert later["created"] < first["created"]
+    assert 0 <= later["seconds"] < 60
+    found = status.examine(store.RunStore(tmp_path / "runs"), "toy", "p")
+    assert (found["state"], found["counts"]) == ("finished", {"ok": 2})
+    assert found["silent_seconds"] is None or found["silent_seconds"] >= 0
+    monkeypatch.undo()
+
+
 def items_of(runs):
     return {path.relative_to(runs): path.read_bytes() for path in runs.rglob("items.jsonl")}
 
@@ -321,6 +407,70 @@ class TestRay:
             device="cpu",
         )
         assert inline.counts == {"cached": 2}
+
+    def test_workers_that_do_not_see_the_drivers_disk_send_their_files(
+        self, plugins, write_manifest, tmp_path, monkeypatch, run
+    ):
+        pytest.importorskip("ray")
+        from repro.executors import _pool
+
+        monkeypatch.setenv("PYTHONPATH", plugins.environment["PYTHONPATH"])
+        monkeypatch.setattr(_pool, "_token", lambda session: "")
+        with tempfile.TemporaryDirectory(dir="/tmp") as own:
+            monkeypatch.setenv("TMPDIR", own)
+            parts = {"measurements": "[{noop: {tasks: [ok, crash, flood], lengths: [128, 256]}}]"}
+            sent = runner.run(
+                write_manifest(**parts),
+                profile="p",
+                runs=tmp_path / "sent",
+                executor="ray",
+                device="cpu",
+                quiet=True,
+            )
+            assert list(Path(own).glob("repro-*")) == []
+        assert sent.counts == {"ok": 8, "crashed": 4}
+        here = run(**parts)
+        assert [record["status"] for record in sent.records] == [
+            record["status"] for record in here.records
+        ]
+        assert items_of(tmp_path / "sent") == items_of(tmp_path / "runs")
+        for name, count in (("log.txt", 4), ("output.txt", 4)):
+            assert len(list((tmp_path / "sent").rglob(name))) == count
+        # What came from elsewhere is reused here.
+        again = runner.run(
+            write_manifest(measurements="[{noop: {lengths: [128, 256]}}]"),
+            profile="p",
+            runs=tmp_path / "sent",
+            executor="inline",
+            device="cpu",
+        )
+        assert again.counts == {"cached": 4}
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_ctrl_c_stops_and_says_how_to_go_on(
+        self, plugins, write_manifest, tmp_path, run, number
+    ):
+        pytest.importorskip("ray")
+        parts = {
+            "methods": "[dense]",
+            "measurements": "[{noop: {lengths: [128, 256], items: 12, pause: 0.2}}]",
+        }
+        path = write_manifest(**parts)
+        stopped = tmp_path / "stopped"
+        process = subprocess.Popen(
+            command(path, stopped, "--executor", "ray"),
+            env=plugins.environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for(lambda: len(list(stopped.rglob("items.jsonl"))) >= 1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Go on with: repro run" in errors and "Traceback" not in errors
+        resumed = runner.run(path, profile="p", runs=stopped, executor="inline", device="cpu")
+        assert comparable(resumed) == comparable(run(**parts))
+        assert items_of(stopped) == items_of(tmp_path / "runs")
 
     def test_a_killed_driver_resumes(self, plugins, write_manifest, tmp_path, run):
         pytest.importorskip("ray")

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -175,6 +176,20 @@ def test_a_cluster_may_have_what_this_machine_lacks(
     if device == "cuda":
         with pytest.raises(BadInput, match="cuda, and there is none"):
             make_plan(checked, "p", device=device)
+
+
+@pytest.mark.parametrize("gib", [40, 74.5, 80])
+def test_a_gpu_must_be_large_enough(plugins, write_manifest, monkeypatch, gib):
+    import torch
+
+    card = SimpleNamespace(total_memory=int(gib * 2**30))
+    monkeypatch.setattr("repro.plan.resolve_device", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    path = write_manifest(resources="{gpus: 1, gpu_memory_gib: 80}")
+    missing = make_plan(manifest.load(path), "p", device="cuda").missing
+    # A card that is sold as one of 80 GB holds 74.5 GiB at least.
+    assert ("the largest here has 40" in missing.get("gpu", "")) == (gib == 40)
 
 
 def test_unknown_device(plugins, write_manifest):

@@ -93,6 +93,17 @@ def test_what_is_put_back_comes_before_the_rest_of_its_chain():
     assert waiting.take("a") is first
 
 
+def test_the_given_order_holds_over_all_subjects():
+    given = [cell(subject, n, 1, 9 * n) for n in (1, 2) for subject in "ab"]
+    waiting = queue(given, longest_first=False)
+    taken, held = [], None
+    while (one := waiting.take(held)) is not None:
+        taken.append(one)
+        held = one.cell["subject"]
+        waiting.release(one)
+    assert taken == given
+
+
 def test_in_the_given_order_a_chain_does_not_run_ahead():
     # A budget may end any time: the comparison of short cells comes before long cells of one arm.
     given = [

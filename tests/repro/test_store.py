@@ -262,6 +262,24 @@ def test_records_of_a_run_in_order_with_what_is_missing(tmp_path):
     assert store.records("toy", "q") == []
 
 
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        (("infra", "ok"), ["ok"]),  # the driver of a cluster that could start no worker at first
+        (("crashed", "ok"), ["crashed", "ok"]),
+        (("not_run", "infra"), ["infra"]),
+        (("not_run", "not_run"), ["not_run"]),
+    ],
+)
+def test_what_a_machine_could_not_try_is_no_outcome_beside_one(tmp_path, statuses, expected):
+    store = RunStore(tmp_path)
+    plan = {"name": "n", "profile": "p", "device": "cpu", "cells": [{"key": "ab", "cell": {}}]}
+    store.write_index(plan, {})
+    for machine, status in zip("ab", statuses, strict=True):
+        store.cell("ab", machine).write_record(make_record("ab", {}, status))
+    assert [record["status"] for record in store.records("n", "p")] == expected
+
+
 def test_unreadable_index_is_told(tmp_path):
     warnings = []
     store = RunStore(tmp_path, warn=warnings.append)

@@ -1,52 +1,18 @@
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from repro import submission
 from repro.errors import BadInput, MachineFault
 from repro.store import RunStore
-
-KEY = "ab" + "0" * 62
-RECORD = f"cells/ab/{KEY}/cpu-1/record.json"
-
-
-def test_a_file_travels_in_short_lines(tmp_path):
-    data = os.urandom(50_000)
-    lines = list(submission.lines_of(RECORD, data))
-    assert len(lines) > 5 and max(map(len, lines)) < 20_000
-    inbox = submission.Inbox(RunStore(tmp_path))
-    assert all(inbox.take(line) for line in lines)
-    assert (tmp_path / RECORD).read_bytes() == data
-    assert not inbox.take("[1/2] dense: ok")
-
-
-@pytest.mark.parametrize("harm", ["a part is missing", "a letter is changed", "cut"])
-def test_a_damaged_file_is_left_out(tmp_path, harm):
-    lines = list(submission.lines_of(RECORD, os.urandom(50_000)))
-    if harm == "a part is missing":
-        del lines[2]
-    elif harm == "cut":
-        lines[2] = lines[2][:-5]
-    else:
-        lines[2] = lines[2][:-5] + ("A" if lines[2][-5] != "A" else "B") + lines[2][-4:]
-    inbox = submission.Inbox(RunStore(tmp_path))
-    for line in lines:
-        inbox.take(line)
-    assert list(tmp_path.rglob("*.json")) == []
-
-
-@pytest.mark.parametrize(
-    "name", ["../evil", "/etc/passwd", f"cells/ab/{KEY}/../../../x", "a/b/cpu.py", "x/y/../z.json"]
-)
-def test_a_log_writes_nowhere_else(tmp_path, name):
-    store = RunStore(tmp_path / "runs")
-    for line in submission.lines_of(name, b"harm"):
-        submission.Inbox(store).take(line)
-    assert list(tmp_path.iterdir()) == []
+from tests.repro.job_logs import ITEMS, RECORD, harmed, lines_of_cell, write_cell
 
 
 def test_an_address_where_nobody_answers(plugins, write_manifest):
@@ -58,41 +24,144 @@ def test_an_address_where_nobody_answers(plugins, write_manifest):
 
 
 class BrokenTunnel:
-    """A job client whose log breaks off once, or for good."""
+    """A job client whose log breaks off: after so many lines, and in such a way, each time.
 
-    def __init__(self, log, *, breaks, status="SUCCEEDED"):
+    A break without an error ends the log as if it were whole, in the middle of a line.
+    """
+
+    def __init__(self, log, breaks=(), *, status="SUCCEEDED"):
         from ray.job_submission import JobStatus
 
-        self.log, self.breaks, self.status = log, breaks, JobStatus(status)
+        self.log, self.breaks = log, list(breaks)
+        self.status, self.running = JobStatus(status), JobStatus.RUNNING
+        self.readings = 0
 
     async def tail_job_logs(self, job):
-        for number, line in enumerate(self.log):
-            if self.breaks and number == len(self.log) // 2:
-                self.breaks -= 1
-                raise RuntimeError("WebSocket connection closed abnormally")
+        self.readings += 1
+        self.broken = bool(self.breaks)
+        after, error = self.breaks.pop(0) if self.breaks else (len(self.log), None)
+        for line in self.log[:after]:
             yield line
+        if error is not None:
+            raise error
+        if self.broken:
+            yield self.log[after].rstrip("\n")[:20]
+
+    def get_job_info(self, job):
+        status = self.running if self.broken else self.status
+        return SimpleNamespace(status=status, message="")
 
     def get_job_status(self, job):
-        return self.status if not self.breaks else type(self.status).RUNNING
+        return self.running
 
 
-def test_a_broken_connection_is_taken_up_again(tmp_path):
+@pytest.fixture
+def quick(monkeypatch):
+    """Ray is installed, and a broken connection is tried again soon."""
     pytest.importorskip("ray")
-    data = os.urandom(30_000)
-    lines = ["[1/2] dense: ok", *submission.lines_of(RECORD, data), "[2/2] method: ok"]
-    client = BrokenTunnel([line + "\n" for line in lines], breaks=1)
-    said = []
-    status = submission._follow(client, "job", submission.Inbox(RunStore(tmp_path)), said.append)
-    assert status == "SUCCEEDED" and said == ["[1/2] dense: ok", "[2/2] method: ok"]
-    assert (tmp_path / RECORD).read_bytes() == data
+    monkeypatch.setattr(submission, "RECONNECT_SECONDS", 0.2)
 
 
-def test_a_connection_that_stays_broken_says_how_to_go_on(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
-    monkeypatch.setattr(submission, "RECONNECT_SECONDS", 0.0)
-    client = BrokenTunnel(["a\n", "b\n"], breaks=1)
+def connection_errors():
+    aiohttp = pytest.importorskip("aiohttp")
+    info = SimpleNamespace(real_url="http://head:8265")
+    return {
+        "closed": RuntimeError("WebSocket connection closed abnormally"),
+        "refused": aiohttp.WSServerHandshakeError(info, (), message="Invalid response status"),
+        "disconnected": aiohttp.ServerDisconnectedError(),
+        "unreachable": OSError("No route to host"),
+        "the head lost the job's machine": None,
+    }
+
+
+@pytest.mark.parametrize("error", connection_errors())
+def test_a_broken_connection_is_taken_up_again(tmp_path, quick, error):
+    write_cell(tmp_path / "job", message=secrets.token_hex(50_000))
+    files = [line for file in lines_of_cell(tmp_path / "job") for line in file]
+    assert len(files) > 5
+    log = ["[1/3] dense: ok", files[0], "[2/3] method: ok", *files[1:], "[3/3] other: ok"]
+    # Farther, less far than before, at once, and in the middle of a file.
+    breaks = [(after, connection_errors()[error]) for after in (3, 1, 0, 5)]
+    client, said = BrokenTunnel([line + "\n" for line in log], breaks), []
+    store = RunStore(tmp_path / "here")
+    ended, missing = submission._follow(client, "job", store, said.append)
+    assert (ended.status, missing, client.readings) == ("SUCCEEDED", [], 5)
+    assert said == ["[1/3] dense: ok", "[2/3] method: ok", "[3/3] other: ok"]
+    for name in (RECORD, ITEMS):
+        assert (store.root / name).read_bytes() == (tmp_path / "job" / name).read_bytes()
+
+
+@pytest.mark.parametrize("error", connection_errors())
+def test_a_connection_that_stays_broken_says_how_to_go_on(tmp_path, quick, error):
+    client = BrokenTunnel(["a\n", "b\n"], [(1, connection_errors()[error])] * 100)
+    said, began = [], time.monotonic()
     with pytest.raises(MachineFault, match="go on with --attach job"):
-        submission._follow(client, "job", submission.Inbox(RunStore(tmp_path)), print)
+        submission._follow(client, "job", RunStore(tmp_path), said.append)
+    assert said == ["a"] and client.readings == submission.RECONNECTS + 1
+    assert time.monotonic() - began > 0.9 * submission.RECONNECT_SECONDS
+
+
+def test_a_server_that_is_gone_says_how_to_go_on(tmp_path, quick, monkeypatch):
+    client = BrokenTunnel(["a\n", "b\n"], [(1, OSError("no route"))])
+    monkeypatch.setattr(submission, "_answers", lambda *_: False)
+    with pytest.raises(MachineFault, match="no route; go on with --attach job"):
+        submission._follow(client, "job", RunStore(tmp_path), print)
+    assert client.readings == 1
+
+
+def test_a_store_that_cannot_be_written_is_no_broken_connection(tmp_path, quick):
+    write_cell(tmp_path / "job")
+    files = [line for file in lines_of_cell(tmp_path / "job") for line in file]
+    client = BrokenTunnel([line + "\n" for line in files])
+    (tmp_path / "here").write_text("no folder")
+    with pytest.raises(MachineFault, match=r"record\.json: cannot be"):
+        submission._follow(client, "job", RunStore(tmp_path / "here"), print)
+    assert client.readings == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "harm", "good", "told"),
+    [
+        ("SUCCEEDED", None, True, ""),
+        ("SUCCEEDED", "cut", False, "--attach job --address http://head:8265` reads the log again"),
+        ("FAILED", None, False, "job job: failed; see its log"),
+    ],
+)
+def test_a_job_is_good_when_all_is_here(tmp_path, quick, monkeypatch, status, harm, good, told):
+    write_cell(tmp_path / "job", items=5000)
+    items, record = lines_of_cell(tmp_path / "job")
+    log = [*(harmed(items, harm) if harm else items), *record]
+    client, said = BrokenTunnel([line + "\n" for line in log], status=status), []
+    monkeypatch.setattr(submission, "_client", lambda address: client)
+    follow = lambda: submission.follow(
+        "job", address="http://head:8265", runs=tmp_path / "here", say=said.append
+    )
+    assert follow() == good
+    assert (told in said[-1] if told else said == []) and len(said) <= 1
+    assert (ITEMS in "".join(said)) == bool(harm)
+    assert follow() == good  # what is here already does no harm
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe that nobody reads ends otherwise there")
+@pytest.mark.parametrize("options", [["--attach", "job"], ["toy.yaml", "--no-follow"]])
+@pytest.mark.parametrize(("good", "code"), [(True, 0), (False, 1)])
+def test_a_reader_that_leaves_is_no_failure(tmp_path, options, good, code):
+    script = (
+        "from repro import cli, submission\n"
+        f"submission.follow = lambda *_, **__: {good}\n"
+        "submission.submit = lambda *_, **__: 'job'\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", script, "submit", *options, "--runs", str(tmp_path / "runs")]
+    process = subprocess.Popen(
+        [*command, "--results", str(tmp_path / "results")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b"job job\n"
+    assert process.wait(timeout=60) == (code if "--attach" in options else 0)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="processes are ended by signal")

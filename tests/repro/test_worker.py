@@ -5,7 +5,7 @@ import pytest
 from repro import manifest
 from repro.errors import MachineFault, MissingResource, UnsupportedCombination
 from repro.plan import make_plan
-from repro.store import RunStore
+from repro.store import CellLocked, RunStore
 from repro.worker import CellTimeout, Worker, classify
 
 
@@ -36,7 +36,10 @@ def test_record_of_a_cell(run_cells, plugins):
 @pytest.mark.parametrize(
     ("task", "status", "message"),
     [
+        ("allocate", "oom", "[enforce fail at alloc_cpu.cpp"),
         ("crash", "crashed", "KeyError: 'a bug'"),
+        ("exit", "crashed", "SystemExit: a library gave up"),
+        ("surrogate", "crashed", "ValueError: no such file: \\udcff"),
         ("unsupported", "unsupported", "fake: sliding windows are not supported"),
         ("float", "numerical", "overflow"),
         ("nan", "numerical", "metric score is nan"),
@@ -138,6 +141,7 @@ class OutOfMemoryError(RuntimeError):
         (UnsupportedCombination("no"), "unsupported"),
         (MissingResource("fetch it"), "not_run"),
         (ValueError(""), "crashed"),
+        (CellLocked("runs/x: another process is still writing this cell"), "infra"),
     ],
 )
 def test_classify(error, status):
