@@ -4,6 +4,9 @@ A block runs every arm once forwards and once backwards (A B B A for two), so th
 of the machine's speed inside a block cancels. Where one pass takes seconds, a block is one pass
 and the order alternates from block to block (A B, B A, ...). What must be set up for an arm
 happens outside the timed window. Warm-up is detected afterwards, raw times are all kept.
+
+Calls rotate through a pool of inputs. Where a block is too long to have all of them, blocks with
+the same inputs are a stratum: the layers of a model differ by more than any machine's noise.
 """
 
 from __future__ import annotations
@@ -28,6 +31,10 @@ Check = Callable[[str, int, Any], str | None]
 
 #: ``on_block(blocks done, blocks wanted)`` feeds a live display.
 OnBlock = Callable[[int, int], None]
+
+
+#: Fewest blocks with the same inputs, where a block has not all of them.
+BLOCKS_PER_STRATUM = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +163,7 @@ class Blocks:
         faults: Messages of the output checks, by arm.
         states: Clocks, power, load: at start, on the way, at the end.
         warmup: Leading blocks that the result leaves out.
+        period: After so many blocks the inputs come again.
     """
 
     names: list[str]
@@ -167,14 +175,20 @@ class Blocks:
     states: list[dict[str, Any]]
     warmup: int
     regime: str
+    period: int = 1
+
+    @property
+    def strata(self) -> np.ndarray:
+        """``[n_blocks]``, which inputs the blocks after the warm-up had."""
+        return np.arange(self.warmup, len(self.seconds)) % self.period
 
 
 @dataclass
 class Comparison:
     """The outcome of ``compare``: first over second, above 1 if the second is faster.
 
-    ``first_ms`` and ``second_ms`` are medians with the 20th and 80th percentile; ``raw`` keeps the
-    block times of every attempt, warm-up included.
+    ``first_ms`` and ``second_ms`` are medians with the 20th and 80th percentile, the mean of these
+    over strata; ``raw`` keeps the block times of every attempt, warm-up included.
     """
 
     first: str
@@ -282,19 +296,20 @@ def summarise(
     column = run.names.index(name)
     first, second = run.seconds[run.warmup :, 0], run.seconds[run.warmup :, column]
     message = _fault(run, column, settings, device_type)
+    strata = run.strata
     return Comparison(
         first=run.names[0],
         second=name,
         status="invalid" if message else "ok",
         message=message,
         ratio=timing_statistics.ratio_interval(
-            first / second, resamples=settings.resamples, seed=settings.seed
+            first, second, strata, resamples=settings.resamples, seed=settings.seed
         ),
-        first_ms=_spread(first),
-        second_ms=_spread(second),
+        first_ms=_spread(first, strata),
+        second_ms=_spread(second, strata),
         blocks=len(first),
         warmup=run.warmup,
-        outliers=timing_statistics.outliers(first / second),
+        outliers=timing_statistics.outliers(timing_statistics.levelled(first / second, strata)),
         device_seconds=float(run.device_seconds[run.warmup :].sum()),
         attempts=len(runs),
         order=run.order,
@@ -302,6 +317,7 @@ def summarise(
         repeats=[run.repeats[0], run.repeats[column]],
         states=run.states,
         raw={
+            "period": run.period,
             "first_ms": _milliseconds(run.seconds[:, 0]),
             "second_ms": _milliseconds(run.seconds[:, column]),
             "discarded": [
@@ -326,6 +342,7 @@ def _fault(run: Blocks, column: int, settings: Settings, device_type: str) -> st
     work = float(run.device_seconds[run.warmup :].sum())
     if work < settings.min_seconds:
         return f"too little timed work: {work:.2f} s, at least {settings.min_seconds:g} s needed"
+    first, second = (timing_statistics.levelled(arm, run.strata) for arm in (first, second))
     jump = timing_statistics.stepped(first / second, floor=settings.ratio_drift)
     if jump is not None:
         return f"drift: the ratio jumped by {jump:+.0%} during the run"
@@ -353,6 +370,8 @@ def _run(
 ) -> Blocks:
     """Run blocks until enough of them are settled, or a limit is reached."""
     repeats, pass_seconds = _calibrate(arms, pool, settings, timer)
+    period = 1 if all(count % len(pool) == 0 for count in repeats) else len(pool)
+    wanted = max(settings.blocks, BLOCKS_PER_STRATUM * period)
     alternating = pass_seconds > settings.long_pass_seconds
     rows: list[list[float]] = []
     work: list[float] = []
@@ -365,12 +384,13 @@ def _run(
         rows.append(per_call)
         work.append(seconds)
         if on_block:
-            on_block(len(rows), settings.blocks)
+            on_block(len(rows), wanted)
         times = np.array(rows)
-        settled = timing_statistics.warmup_blocks(times)
+        level = timing_statistics.levelled(times, np.arange(len(rows)) % period)
+        settled = timing_statistics.warmup_blocks(level)
         warmup = settled or 0
         done = settled is not None and (
-            len(rows) - warmup >= settings.blocks and sum(work[warmup:]) >= settings.min_seconds
+            len(rows) - warmup >= wanted and sum(work[warmup:]) >= settings.min_seconds
         )
         late = len(rows) >= settings.blocks and (
             time.monotonic() - begun > settings.max_seconds or len(rows) >= settings.max_blocks
@@ -385,7 +405,7 @@ def _run(
     order = "alternating" if alternating else "palindrome"
     names = [arm.name for arm in arms]
     return Blocks(
-        names, times, np.array(work), order, repeats, faults, states, warmup, timer.regime
+        names, times, np.array(work), order, repeats, faults, states, warmup, timer.regime, period
     )
 
 
@@ -403,6 +423,8 @@ def _calibrate(
             timer.run(arm.call, pool[:1])
             seconds, _ = timer.run(arm.call, pool[-1:])
         count = min(settings.max_repeats, max(1, math.ceil(slot / max(seconds, 1e-7))))
+        if count >= len(pool):  # whole rounds: every block has all inputs
+            count -= count % len(pool)
         repeats.append(count)
         total += seconds * count
     return repeats, total
@@ -452,9 +474,10 @@ def _as_arm(value: Arm | Callable[[Any], Any], name: str) -> Arm:
     return value if isinstance(value, Arm) else Arm(name, value)
 
 
-def _spread(seconds: np.ndarray) -> Interval:
-    """Median with 20th and 80th percentile, in milliseconds."""
-    low, middle, high = np.quantile(seconds, [0.2, 0.5, 0.8]) * 1e3
+def _spread(seconds: np.ndarray, strata: np.ndarray) -> Interval:
+    """Median with 20th and 80th percentile, in milliseconds, as the mean over strata."""
+    groups = [seconds[strata == stratum] for stratum in np.unique(strata)]
+    low, middle, high = 1e3 * np.mean([np.quantile(g, [0.2, 0.5, 0.8]) for g in groups], axis=0)
     return Interval(float(middle), float(low), float(high))
 
 

@@ -84,7 +84,7 @@ class Cluster:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_end_with_the_tests,
+            preexec_fn=_end_with_the_tests,  # noqa: PLW1509 - one call to the system
         )
         wait_for(lambda: bool(self.processes(process, "raylet")), process)
         return process

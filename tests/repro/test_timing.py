@@ -56,7 +56,7 @@ def test_known_ratio_lies_in_its_interval_about_95_times_in_100():
     for trial in range(trials):
         machine = noise(rng, 12, spread=0.3, correlation=0.8)
         dense, method = 2.0 * machine * noise(rng, 12), machine * noise(rng, 12)
-        found = timing_statistics.ratio_interval(dense / method, resamples=1000, seed=trial)
+        found = timing_statistics.ratio_interval(dense, method, resamples=1000, seed=trial)
         hits += found.low <= 2.0 <= found.high
         assert found.low <= found.value <= found.high
     # Three standard errors below 95 %; above is allowed, the interval widens on doubt.
@@ -65,14 +65,43 @@ def test_known_ratio_lies_in_its_interval_about_95_times_in_100():
 
 def test_interval_shrinks_with_blocks_and_is_seeded():
     rng = np.random.default_rng(1)
-    few, many = noise(rng, 10), noise(rng, 160)
-    width = [i.high / i.low for i in map(timing_statistics.ratio_interval, (few, many))]
-    assert width[1] - 1 < (width[0] - 1) / 2
-    assert timing_statistics.ratio_interval(few) == timing_statistics.ratio_interval(few)
+    few, many = (timing_statistics.ratio_interval(noise(rng, n), np.ones(n)) for n in (10, 160))
+    assert many.high / many.low - 1 < (few.high / few.low - 1) / 2
+    times = noise(rng, 10)
+    again = [timing_statistics.ratio_interval(times, np.ones(10)) for _ in range(2)]
+    assert again[0] == again[1]
+
+
+@pytest.mark.parametrize("n_blocks", [12, 30])
+def test_layers_that_differ_count_by_their_time(n_blocks):
+    """One layer of three gains: what counts is the time of all three, not the middle one."""
+    rng, hits, trials = np.random.default_rng(2), 0, 300
+    strata = np.arange(n_blocks) % 3
+    base, gain = np.array([1.0, 2.0, 2.0])[strata], np.array([2.0, 0.8, 0.8])[strata]
+    truth = 5.0 / (1 / 2.0 + 2 / 0.8 + 2 / 0.8)
+    for trial in range(trials):
+        machine = noise(rng, n_blocks, spread=0.2, correlation=0.8)
+        dense = base * machine * noise(rng, n_blocks)
+        method = base / gain * machine * noise(rng, n_blocks)
+        found = timing_statistics.ratio_interval(dense, method, strata, resamples=1000, seed=trial)
+        hits += found.low <= truth <= found.high
+    assert hits / trials >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / trials)
+    assert found.high / found.low < 1.4  # noise, and not the spread of the layers
+    alike = timing_statistics.ratio_interval(dense, method)
+    assert alike.value < 0.95 * truth  # the middle layer outvotes the others
+
+
+def test_strata_are_levelled_arm_by_arm():
+    strata = np.arange(12) % 3
+    drift = np.linspace(1.0, 1.1, 12)
+    times = np.stack([np.array([1.0, 5.0, 9.0])[strata] * drift, drift], axis=1)
+    level = timing_statistics.levelled(times, strata)
+    assert np.allclose(level[:, 0] / level[:, 1], (1 * 5 * 9) ** (1 / 3), rtol=1e-6)
+    assert np.allclose(timing_statistics.levelled(drift, np.zeros(12)), drift)
 
 
 def test_interval_of_one_block_says_nothing():
-    found = timing_statistics.ratio_interval(np.array([2.0]))
+    found = timing_statistics.ratio_interval(np.array([2.0]), np.ones(1))
     assert (found.low, found.high) == (0.0, math.inf)
 
 
@@ -184,7 +213,9 @@ def test_arms_run_in_palindromes_on_the_same_rotating_inputs():
     measured = log[4:]  # after the two calls of each arm that calibrate
     assert [name for name, _ in measured[:8]] == list("abbaabba")
     assert [value for _, value in measured[:12]] == 4 * [0] + 4 * [1] + 4 * [2]
-    assert outcome.blocks == 10 and outcome.device_seconds == pytest.approx(1.6)
+    # Four blocks of each input, though ten would do.
+    assert outcome.blocks == 12 and outcome.device_seconds == pytest.approx(1.92)
+    assert outcome.raw["period"] == 3
     assert outcome.order == "palindrome" and outcome.ratio.value == 1.0
 
 
