@@ -1,7 +1,11 @@
 """Shared fixtures. Triton kernels run under the interpreter on the CPU."""
 
 import os
+import signal
 
+# Started in the background of a shell, tests ignore Ctrl-C, and so would all they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before any kernel module is imported: the switch is read when a kernel is decorated.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

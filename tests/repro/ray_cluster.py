@@ -50,12 +50,15 @@ class Cluster:
         if not self.nodes or not self.processes(self.nodes[0], "gcs_server"):
             self.stop()
             self.nodes = [self._start(1, *self._head)]
+            self._wait_for_raylet(self.nodes[0])
         for number in range(1, self._count):
             if number < len(self.nodes) and self.processes(self.nodes[number], "raylet"):
                 continue
             for old in self.nodes[number : number + 1]:
                 _kill(old)
             self.nodes[number : number + 1] = [self._start(number + 1, f"--address={self.address}")]
+        for node in self.nodes[1:]:
+            self._wait_for_raylet(node)
 
     def processes(self, node: subprocess.Popen[bytes], name: str) -> list[int]:
         """Return the ids of a node's processes whose name or command begins with a text."""
@@ -77,7 +80,7 @@ class Cluster:
     def _start(self, host: int, *options: str) -> subprocess.Popen[bytes]:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *options]
         command += ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [*command, f"--node-ip-address=127.0.0.{host}"],
             # A raylet without its head ends itself after so long.
             env={**self.environment, "RAY_gcs_rpc_server_reconnect_timeout_s": "5"},
@@ -86,8 +89,9 @@ class Cluster:
             start_new_session=True,
             preexec_fn=_end_with_the_tests,  # noqa: PLW1509 - one call to the system
         )
-        wait_for(lambda: bool(self.processes(process, "raylet")), process)
-        return process
+
+    def _wait_for_raylet(self, node: subprocess.Popen[bytes]) -> None:
+        wait_for(lambda: bool(self.processes(node, "raylet")), node)
 
 
 def _end_with_the_tests() -> None:

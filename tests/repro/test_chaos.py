@@ -159,7 +159,7 @@ def test_a_killed_part_costs_nothing_that_was_stored(run, victim, seed):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs the paths of Linux")
-@pytest.mark.parametrize("seed", ROUNDS[1:])
+@pytest.mark.parametrize("seed", ROUNDS[2:])
 @pytest.mark.parametrize("victim", ["worker", "driver"])
 def test_a_part_is_killed_while_workers_send_their_files(place, tmp_path, victim, seed):
     rng = random.Random(f"apart/{victim}/{seed}")
