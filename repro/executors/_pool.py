@@ -130,7 +130,9 @@ class Pool:
         if not done:
             done, _ = self.ray.wait(list(calls), num_returns=1, timeout=POLL_SECONDS)
         for call in done:
+            # Its next cell goes out before another outcome is looked at: nobody waits for all.
             calls[call].collect()
+            calls[call].advance()
         for worker in self.workers:
             worker.watch()
 
