@@ -174,6 +174,7 @@ def test_a_part_is_killed_while_workers_send_their_files(place, tmp_path, victim
     run.check_resumes()
 
 
+@pytest.mark.chaos
 def test_the_end_of_the_head_is_told(place, tmp_path):
     manifest = tmp_path / "stuck.yaml"
     manifest.write_text(toys.manifest(measurements="[{noop: {tasks: [stuck]}}]"))

@@ -250,6 +250,28 @@ def test_a_full_disk_elsewhere_costs_that_node_alone(drain, tmp_path):
     assert len(cluster.closed) == 2  # nobody leaves a folder behind
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+def test_a_head_that_is_silent_for_long_is_told(monkeypatch, address):
+    cluster = SimpleNamespace(
+        get_runtime_context=lambda: SimpleNamespace(gcs_address=f"{address}:9"),
+        util=SimpleNamespace(client=SimpleNamespace(ray=SimpleNamespace(is_connected=bool))),
+    )
+    head = _pool._Head(cluster)
+    assert not head.answers()  # it may come back
+    monkeypatch.setattr(_pool, "HEAD_SECONDS", 0.0)
+    with pytest.raises(MachineFault, match="what is finished is kept. Start the cluster again"):
+        head.answers()
+    calls = []
+
+    def connect(place, timeout):
+        calls.append(place)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(_pool.socket, "create_connection", connect)
+    assert head.answers() and head.answers()
+    assert calls[0] == (address.strip("[]"), 9)
+
+
 def test_a_fault_of_the_shared_store_ends_the_run(drain):
     cluster = Cluster(node("a"))
     cluster.script = lambda actor, planned: {"record": None, "fault": "disk full"}
