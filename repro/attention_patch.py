@@ -250,7 +250,7 @@ class _Bridge:
         out = query.new_zeros(batch, tokens_q, heads, value.shape[3])
         for row, start, call, part in rows:
             if part is None:
-                part = _dense_causal(call.q, call.k, call.v, scale)
+                part = dense_causal(call.q, call.k, call.v, scale)
             out[row, start : start + part.shape[2]] = part[0].transpose(0, 1)
         return out
 
@@ -343,8 +343,8 @@ def _dense(
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scale)[0]
 
 
-def _dense_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return dense attention ``[B, H, Tq, D]`` of the last ``Tq`` tokens, bottom-right causal."""
+def dense_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return dense causal attention ``[B, H, Tq, D]`` of the last ``Tq`` of the ``Tk`` tokens."""
     mask = None
     if 1 < q.shape[2] < k.shape[2]:
         real = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
