@@ -8,8 +8,8 @@ here:
 
 - Left padding: a prompt's real tokens alone reach the method, one sequence at a time, so a prompt
   gives the same result in a batch as alone. Rows of padding alone give 0.
-- Chunks: a prompt may come in several passes. ``end_prefill`` is called once, when the first single
-  token comes.
+- Chunks: a prompt may come in several passes, of a cache made with its length.
+  ``end_prefill`` is called once for each layer, as soon as that has taken in the whole prompt.
 - A model that is run without the patch's cache is run with one that lives for that call.
 - What no method defines (masks other than causality with left padding, beams, another cache) is
   refused with ``UnsupportedCombination``.
@@ -92,7 +92,8 @@ class LayerCache(ABC):
         """Return every tensor that is held for the sequences."""
 
     def end_prefill(self) -> None:
-        """Do what the method does between the prompt and the first new token."""
+        """Do what the method does once the prompt is whole; nothing by default."""
+        return
 
     def observed(self) -> tuple[int, int]:
         """Return (tokens read, tokens seen) by decode so far, summed over sequences and KV heads."""
@@ -131,9 +132,14 @@ class KVPatch(Patch):
         self.bridge = _Bridge(make_layer)
         self._cache: KVCache | None = None
 
-    def make_cache(self) -> KVCache:
-        """Return an empty cache; ``stats`` speaks of the last one made."""
-        self._cache = KVCache(self.bridge, self._layers)
+    def make_cache(self, prompt_length: int | None = None) -> KVCache:
+        """Return an empty cache; ``stats`` speaks of the last one made.
+
+        Args:
+            prompt_length: Tokens of the prompt, padding counted, if it comes in several passes;
+                None if the first pass is all of it.
+        """
+        self._cache = KVCache(self.bridge, self._layers, prompt_length)
         return self._cache
 
     def reset(self) -> None:
@@ -146,7 +152,8 @@ class KVPatch(Patch):
         ``decode_density`` is what decode steps have read of the tokens seen, None before the first.
         """
         layers = [] if self._cache is None else self._cache.held()
-        read, seen = (sum(part) for part in zip((0, 0), *(l.observed() for l in layers)))
+        observed = [layer.observed() for layer in layers]
+        read, seen = sum(pair[0] for pair in observed), sum(pair[1] for pair in observed)
         return {
             "kv_bytes": sum(_nbytes(layer.tensors()) for layer in layers),
             "kv_tokens": 0 if self._cache is None else self._cache.get_seq_length(),
@@ -166,8 +173,8 @@ def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
 class KVCache(Cache):
     """The ``Cache`` that a patched model is run with."""
 
-    def __init__(self, bridge: _Bridge, layers: int) -> None:
-        super().__init__(layers=[_Layer(bridge, index) for index in range(layers)])
+    def __init__(self, bridge: _Bridge, layers: int, prompt_length: int | None) -> None:
+        super().__init__(layers=[_Layer(bridge, i, prompt_length) for i in range(layers)])
 
     def held(self) -> list[LayerCache]:
         """Return the method's layers that have got tokens."""
@@ -187,7 +194,7 @@ class KVCache(Cache):
         for sequence in range(k.shape[0]):
             rows = slice(sequence, sequence + 1)
             entry.held.fill(sequence, k[rows], v[rows])
-        entry.seen += k.shape[2]
+        entry.count(k.shape[2])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Refuse beam search."""
@@ -201,9 +208,10 @@ class KVCache(Cache):
 class _Layer(CacheLayerMixin):
     """Counts the tokens of one layer and tells the attention function which layer they are for."""
 
-    def __init__(self, bridge: _Bridge, index: int) -> None:
+    def __init__(self, bridge: _Bridge, index: int, prompt_length: int | None) -> None:
         super().__init__()
         self.bridge, self.index = bridge, index
+        self.prompt_length = prompt_length
         self.held: Any = None
         self.batch = 0
         self.seen = 0  # padding counted
@@ -231,6 +239,13 @@ class _Layer(CacheLayerMixin):
                 f"{k.shape[0]}; make a new cache for another batch"
             )
         return self.held
+
+    def count(self, tokens: int) -> None:
+        """Count tokens that were taken in; the prompt may be whole now."""
+        self.seen += tokens
+        if self.prefilling and self.seen >= (self.prompt_length or 0):
+            self.prefilling = False
+            self.held.end_prefill()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -305,21 +320,19 @@ class _Bridge:
                 f"{key.shape[2]} keys for {tokens} queries from another one"
             )
         if layer is None:
-            layer = _Layer(self, int(getattr(module, "layer_idx", 0)))
-        held = layer.take(key, query.shape[1])
-        decoding = tokens == 1 and layer.seen > 0
-        if decoding and layer.prefilling:
-            layer.prefilling = False
-            held.end_prefill()
-        layer.seen += tokens
-        if decoding:
-            out = held.decode(NewTokens(query, key, value, scale)).transpose(1, 2)
-            return out, None
-        if not layer.prefilling:
+            layer = _Layer(self, int(getattr(module, "layer_idx", 0)), None)
+        held, new = layer.take(key, query.shape[1]), NewTokens(query, key, value, scale)
+        if layer.prefilling:
+            out = _prefill(held, new, attention_mask)
+        elif tokens == 1:
+            out = held.decode(new).transpose(1, 2)
+        else:
             raise UnsupportedCombination(
-                f"kv cache: after the first new token they must come one by one, got {tokens}"
+                f"kv cache: after the prompt tokens must come one by one, got {tokens}; make the "
+                "cache with prompt_length to prefill in chunks"
             )
-        return _prefill(held, NewTokens(query, key, value, scale), attention_mask), None
+        layer.count(tokens)
+        return out, None
 
 
 def _prefill(held: LayerCache, new: NewTokens, mask: torch.Tensor | None) -> torch.Tensor:
