@@ -103,7 +103,7 @@ def estimate_seconds(options: Mapping[str, Any], info: SubjectInfo) -> float:
     if options["mode"] == "decode":
         steps = length - options["prefix"]
         # A step reads all weights once and is bound by the calls of a layer, not by arithmetic.
-        step = 0.01 + 4e-3 * (info.parameters or 0) / 4e6
+        step = 0.016 + 4e-3 * (info.parameters or 0) / 4e6
         return 0.3 + options["documents"] * (info.prefill_seconds(length) + steps * step)
     windows = options["documents"] * (1 + length / options["stride"])
     return 0.3 + windows * info.prefill_seconds(length)
