@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
@@ -172,6 +172,8 @@ def test_layers_do_not_share_what_they_are_filled_with(subject):
 
 
 @given(st.integers(0, 3000), st.integers(1, 64), st.integers(0, 500), st.integers(1, 70))
+@example(8, 1, 0, 70)  # just the memory, found while growing
+@example(12, 1, 0, 70)  # and by bisection
 def test_the_search_is_the_definition(memory, per_token, base, most_pages):
     asked = []
 
