@@ -12,7 +12,7 @@ import triton.language as tl
 from repro.kernels.paged_attention.pages import Pages
 
 _LOG2_E = math.log2(math.e)
-#: Tokens of a step.
+#: Tokens of a step; half as many where they are wider than 16 bits in registers.
 _TILE = 64
 #: Fewest tokens for which another split pays its merging.
 _SPLIT_TOKENS = 256
@@ -236,7 +236,9 @@ def constants(
     """Return the compile-time arguments of the decode kernel."""
     dtype = q_dtype
     for pages in (k, v):
-        dtype = torch.promote_types(dtype, (pages.data if pages.scale is None else pages.scale).dtype)
+        stored = pages.data if pages.scale is None else pages.scale
+        dtype = torch.promote_types(dtype, stored.dtype)
+    wide = dtype == torch.float32 or k.format.quantized or v.format.quantized
     names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     return {
         "SELECTED": selected,
@@ -248,7 +250,7 @@ def constants(
         "V_GROUP": v.group_size,
         "BLOCK_R": max(16, triton.next_power_of_2(n_rep)),
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "TILE": _TILE if dtype != torch.float32 else _TILE // 2,
+        "TILE": _TILE // 2 if wide else _TILE,
         "DTYPE": names[dtype],
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
