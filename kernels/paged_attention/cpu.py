@@ -27,7 +27,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 #: Most tokens of one sequence and KV head in a chunk ...
 _CHUNK_TOKENS = 2048
 #: ... and of all that one call attends to.
-_CALL_TOKENS = 2048
+_CALL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,24 @@ def paged_attention_cpu(
     n_seq, heads, dim = q.shape
     n_rep = heads // k.kv_heads
     groups = _groups(k, page_table, lengths, selected)
-    count = 1 + max((int(group.parts.max()) for group in groups), default=0)
-    outs = torch.zeros(count, n_seq * k.kv_heads, n_rep, dim)
-    lses = torch.full((count, n_seq * k.kv_heads, n_rep), -torch.inf)
     dtype = _compute_dtype(q, k, v)
     queries = _by_field(q.reshape(-1, 1, n_rep, dim).to(dtype), k)
 
-    def attend(group: _Group) -> None:
+    def attend(group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (_take(pages, group).to(dtype)[:, None] for pages in (k, v))
-        out, lse = _flash(queries[group.rows], keys, values, scale=scale)
-        outs[group.parts, group.rows] = out[:, 0].float()
-        lses[group.parts, group.rows] = lse[:, 0]
+        return _flash(queries[group.rows], keys, values, scale=scale)
 
-    serial_threads.run(attend, groups)
+    found = serial_threads.run(attend, groups)
+    if not groups:
+        return torch.zeros_like(q), torch.full((n_seq, heads), -torch.inf)
+    place = tuple(
+        torch.cat([getattr(group, name) for group in groups]) for name in ("parts", "rows")
+    )
+    count = int(place[0].max()) + 1
+    outs = torch.zeros(count, n_seq * k.kv_heads, n_rep, dim)
+    lses = torch.full(outs.shape[:3], -torch.inf)
+    outs[place] = torch.cat([out for out, _ in found])[:, 0].float()
+    lses[place] = torch.cat([lse for _, lse in found])[:, 0]
     out, lse = merge_stacked(outs, lses)
     return _by_channel(out, v).to(q.dtype).view(q.shape), lse.view(n_seq, heads)
 
