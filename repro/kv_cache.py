@@ -131,6 +131,7 @@ class KVPatch(Patch):
         self._layers = model.config.get_text_config().num_hidden_layers
         self.bridge = _Bridge(make_layer)
         self._cache: KVCache | None = None
+        self.notes: dict[str, Any] = {}  # what the method adds to ``stats``
 
     def make_cache(self, prompt_length: int | None = None) -> KVCache:
         """Return an empty cache; ``stats`` speaks of the last one made.
@@ -158,6 +159,7 @@ class KVPatch(Patch):
             "kv_bytes": sum(_nbytes(layer.tensors()) for layer in layers),
             "kv_tokens": 0 if self._cache is None else self._cache.get_seq_length(),
             "decode_density": read / seen if seen else None,
+            **self.notes,
         }
 
 
