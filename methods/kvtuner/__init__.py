@@ -41,6 +41,9 @@ class KVTunerConfig:
         seed: Of the search.
         pruning: Search over surviving pairs and groups of layers; false is the paper's ablation,
             all nine pairs for every layer.
+        error: What pruning and grouping go by: ``elementwise`` is the paper's error of the attention
+            output; ``pooled`` sums over a head's channels before it divides, for models with
+            channels near 0.
         control: ``random`` replaces the table by one of as many bits at random, ``uniform`` by the
             uniform one of the fewest bits that has no fewer.
         draw: Seed of the random control.
@@ -60,6 +63,7 @@ class KVTunerConfig:
     sampler: Literal["nsga2", "tpe"] = "nsga2"
     seed: int = 0
     pruning: bool = True
+    error: Literal["elementwise", "pooled"] = "elementwise"
     control: Literal["none", "random", "uniform"] = "none"
     draw: int = 0
 
@@ -69,7 +73,7 @@ class KVTunerConfig:
         given = sum((self.pairs is not None, self.preset is not None, one))
         known = all(len(pair) == 2 and set(pair) <= set(bits) for pair in self.pairs or ())
         whole = self.group_size >= 1 and residual >= 1 and residual % self.group_size == 0
-        controls = ("none", "random", "uniform")
+        controls, errors = ("none", "random", "uniform"), ("elementwise", "pooled")
         check_rules(
             ("mode", self.mode in ("per_token", "kivi"), "per_token or kivi", self.mode),
             ("group_size", self.group_size >= 1, "at least 1", self.group_size),
@@ -85,6 +89,7 @@ class KVTunerConfig:
             ("samples", self.samples >= 1, "at least 1", self.samples),
             ("sample_length", self.sample_length >= 1, "at least 1", self.sample_length),
             ("sampler", self.sampler in ("nsga2", "tpe"), "nsga2 or tpe", self.sampler),
+            ("error", self.error in errors, "elementwise or pooled", self.error),
             ("control", self.control in controls, f"one of {', '.join(controls)}", self.control),
             ("draw", self.draw >= 0, "at least 0", self.draw),
         )
@@ -159,8 +164,8 @@ def calibrate(
         workdir: Folder for what a killed search goes on from; None to keep nothing.
 
     Returns:
-        Artifact with ``e_k``, ``e_v``, ``e_a`` ``[layers, 3]`` and ``e_o`` ``[layers, 3, 3]`` fp32
-        (bits 2, 4, 8), and survivors, groups, trials, the front and the table as metadata.
+        Artifact with ``e_k``, ``e_v``, ``e_a`` ``[layers, 3]``, ``e_o`` and ``e_o_pooled``
+        ``[layers, 3, 3]`` fp32 (bits 2, 4, 8), and survivors, groups, trials, the front and the table as metadata.
     """
     from repro.methods.kvtuner.calibrate import find_table
 

@@ -50,8 +50,10 @@ def find_table(
         progress=lambda done: progress(done, total),
     )
     layers = errors.o.shape[0]
-    space = pruned_space([errors.of_layer(layer) for layer in range(layers)])
-    searched = space if config.pruning else whole_space(layers)
+    searched = whole_space(layers)
+    if config.pruning:
+        pooled = config.error == "pooled"
+        searched = pruned_space([errors.of_layer(n, pooled=pooled) for n in range(layers)])
     asked = questions(
         subject,
         tasks=TASKS,

@@ -29,6 +29,8 @@ class Sensitivity:
         v: ``[layers, n]``, the same of values.
         a: ``[layers, n]``, mean ``|a - a'|`` over visible pairs of tokens, by bits of keys.
         o: ``[layers, n, n]``, mean ``|o - o'| / |o|``, by bits of keys and of values.
+        pooled: ``[layers, n, n]``, the same with both absolute values summed over a head's channels
+            first: channels near 0 do not decide alone.
         bits: The ``n`` numbers of bits.
     """
 
@@ -36,19 +38,22 @@ class Sensitivity:
     v: torch.Tensor
     a: torch.Tensor
     o: torch.Tensor
+    pooled: torch.Tensor
     bits: tuple[int, ...] = BITS
 
-    def of_layer(self, layer: int) -> dict[Pair, float]:
+    def of_layer(self, layer: int, *, pooled: bool = False) -> dict[Pair, float]:
         """Return pair -> error of the attention output of one layer."""
+        errors = self.pooled if pooled else self.o
         return {
-            (kb, vb): float(self.o[layer, i, j])
+            (kb, vb): float(errors[layer, i, j])
             for i, kb in enumerate(self.bits)
             for j, vb in enumerate(self.bits)
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the errors by the names of the paper, fp32."""
-        return {f"e_{name}": getattr(self, name).float() for name in "kvao"}
+        named = {"e_k": self.k, "e_v": self.v, "e_a": self.a, "e_o": self.o}
+        return {name: x.float() for name, x in {**named, "e_o_pooled": self.pooled}.items()}
 
 
 def layer_errors(
@@ -60,7 +65,7 @@ def layer_errors(
     scale: float,
     bits: Sequence[int] = BITS,
 ) -> dict[str, torch.Tensor]:
-    """Return ``k``, ``v``, ``a`` ``[n]`` and ``o`` ``[n, n]`` fp64 of one causal attention.
+    """Return ``k``, ``v``, ``a`` ``[n]``, ``o``, ``pooled`` ``[n, n]`` fp64 of one attention.
 
     Args:
         q: ``[1, H, T, D]``.
@@ -74,10 +79,15 @@ def layer_errors(
     n, kv_heads, tokens = len(bits), k.shape[1], k.shape[2]
     read = [replace(packing, k_bits=b, v_bits=b).rounded(k, v) for b in bits]
     found = {
-        "k": torch.tensor([_relative(k, pair[0]) for pair in read], dtype=torch.float64),
-        "v": torch.tensor([_relative(v, pair[1]) for pair in read], dtype=torch.float64),
+        "k": torch.tensor(
+            [_mean_ratio((k - x).abs(), k.abs()) for x, _ in read], dtype=torch.float64
+        ),
+        "v": torch.tensor(
+            [_mean_ratio((v - x).abs(), v.abs()) for _, x in read], dtype=torch.float64
+        ),
         "a": torch.zeros(n, dtype=torch.float64),
         "o": torch.zeros(n, n, dtype=torch.float64),
+        "pooled": torch.zeros(n, n, dtype=torch.float64),
     }
     hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
     pairs = q.shape[1] * tokens * (tokens + 1) / 2
@@ -94,12 +104,15 @@ def layer_errors(
             rounded = weights(keys[0, head])
             found["a"][i] += (rounded - exact).abs_().sum(dtype=torch.float64).cpu() / pairs
             for j, (_, values) in enumerate(read):
-                found["o"][i, j] += _relative(out, rounded @ values[0, head]) / kv_heads
+                difference = (out - rounded @ values[0, head]).abs_()
+                found["o"][i, j] += _mean_ratio(difference, out.abs()) / kv_heads
+                sums = difference.sum(-1), out.abs().sum(-1)
+                found["pooled"][i, j] += _mean_ratio(*sums) / kv_heads
     return found
 
 
-def _relative(x: torch.Tensor, other: torch.Tensor) -> float:
-    return float(((x - other).abs() / x.abs().clamp_min(GUARD)).mean(dtype=torch.float64))
+def _mean_ratio(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x / y.clamp_min(GUARD)).mean(dtype=torch.float64))
 
 
 def profile(
@@ -129,5 +142,5 @@ def profile(
         for done, ids in enumerate(prompts, start=1):
             model(ids.to(model.device), use_cache=False, logits_to_keep=1)
             progress(done)
-    whole = {name: torch.stack([sums[layer][name] for layer in sorted(sums)]) for name in "kvao"}
-    return Sensitivity(**whole)
+    layers = [sums[layer] for layer in sorted(sums)]
+    return Sensitivity(**{name: torch.stack([one[name] for one in layers]) for name in layers[0]})

@@ -408,9 +408,7 @@ BAD_ARGUMENTS = {
     "lengths must be int32": {"lengths": GOOD.lengths.long()},
     "lengths must lie in [0, 40]": {"lengths": torch.tensor([41, 0], dtype=torch.int32)},
     "got -1 to 0": {"lengths": torch.tensor([-1, 0], dtype=torch.int32)},
-    "page_table must name pages in [0, 7]": {
-        "lengths": torch.tensor([25, 0], dtype=torch.int32)
-    },
+    "page_table must name pages in [0, 7]": {"lengths": torch.tensor([25, 0], dtype=torch.int32)},
     "selected must be [2, 2, n_selected]": {"selected": LIST[:, :1]},
     "selected must be int32": {"selected": LIST.long()},
     "selected must be -1 or more, got -2": {"selected": LIST - 1},

@@ -138,7 +138,7 @@ def test_errors_vanish_at_sixteen_bits_and_fall_with_bits(mode):
     q, k, v = qkv(heads=4, kv_heads=2, queries=64, head_dim=32)
     packing = Packing(k_bits=16, v_bits=16, mode=mode, **SMALL)
     errors = layer_errors(q, k, v, packing, scale=0.2, bits=(2, 4, 8, 16))
-    for name in "kvao":
+    for name in ("k", "v", "a", "o", "pooled"):
         assert (errors[name].flatten()[-1] == 0) and (errors[name] >= 0).all()
     for name in "kva":
         assert (errors[name].diff() < 0).all()
@@ -165,8 +165,10 @@ def test_errors_are_their_definition(mode):
         "v": ((v - packing.rounded(k, v)[1]) / v).abs().mean().double(),
         "a": (a - other_a).abs()[..., causal].mean(),
         "o": ((o - other_o) / o).abs().mean(),
+        "pooled": ((o - other_o).abs().sum(-1) / o.abs().sum(-1)).mean(),
     }
     actual = {"k": found["k"][1], "v": found["v"][0], "a": found["a"][1], "o": found["o"][1, 0]}
+    actual["pooled"] = found["pooled"][1, 0]
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-7)
 
