@@ -65,7 +65,7 @@ def add_outliers(
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
     for layer in model.get_decoder().layers:
-        attention = getattr(layer, "self_attn", None)
+        attention: Any = getattr(layer, "self_attn", None)
         plain = attention is not None and hasattr(attention, "q_proj")
         if not plain or getattr(attention, "q_norm", None) is not None:
             raise UnsupportedCombination(
