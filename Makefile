@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 		{ echo "setup: python must be 3.11 or newer, got $$($(PYTHON) -V); set PYTHON="; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@$(PIP) "$$(grep '^torch==' constraints.txt)" 2> >(grep -v 'WARNING: Location' >&2)
-	@$(PIP) -e '.[cluster,dev]' 2> >(grep -v 'WARNING: Location' >&2)
+	@$(PIP) -e '.[cluster,search,dev]' 2> >(grep -v 'WARNING: Location' >&2)
 	@touch $@
 
 reproduce-all: $(addprefix reproduce-,$(basename $(notdir $(wildcard manifests/*.yaml)))) ## All papers.

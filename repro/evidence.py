@@ -18,12 +18,11 @@ import numpy as np
 
 from repro import statistics
 from repro.keys import canonical_json
+from repro.method import CONTROL_FIELDS
 from repro.statistics import Array, Interval
 
 Record = Mapping[str, Any]
 DENSE = "dense"
-#: Fields of a configuration that make a control of the method, not another method.
-CONTROL_FIELDS = ("control", "draw")
 #: Options that say how many items a cell has.
 COUNT_OPTIONS = ("samples",)
 

@@ -134,6 +134,7 @@ class KVPatch(Patch):
         self._layers = config.num_hidden_layers
         self._make_layer = make_layer
         self._cache: KVCache | None = None
+        self.notes: dict[str, Any] = {}  # what the method adds to ``stats``
 
     def make_cache(self, prompt_length: int | None = None) -> KVCache:
         """Return an empty cache; ``stats`` speaks of the last one made or copied.
@@ -166,6 +167,7 @@ class KVPatch(Patch):
             "kv_bytes": sum(_nbytes(layer.tensors()) for layer in layers),
             "kv_tokens": 0 if self._cache is None else self._cache.get_seq_length(),
             "decode_density": read / seen if seen else None,
+            **self.notes,
         }
 
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from repro.subjects import Subject
 
+#: Fields of a configuration that make a control of the method, not another method.
+CONTROL_FIELDS = ("control", "draw")
+
 
 class Patch:
     """What ``apply`` yields; the measurements ask it, every hook is optional.
@@ -75,7 +78,8 @@ class Method:
             and always undoes itself, bit for bit.
         needs_artifact: Whether this config needs ``calibrate`` first.
         calibrate: ``calibrate(subject, config, data, *, progress) -> Artifact``; ``data`` is a
-            sequence of token-id tensors ``[1, T]`` int64 that never score.
+            sequence of token-id tensors ``[1, T]`` int64 that never score. One that takes
+            ``workdir``, too, gets a folder of its own, the same after a kill, to go on from.
         fallback_limit: A cell whose ``fallback_share`` exceeds this is ``invalid``.
     """
 

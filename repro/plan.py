@@ -18,8 +18,9 @@ from repro.errors import BadInput, Fault
 from repro.keys import SourceDigests, canonical_json, digest, library_versions
 from repro.manifest import applies
 from repro.measurements import Measurement
-from repro.method import Method
+from repro.method import CONTROL_FIELDS, Method
 from repro.profiles import Manifest, MeasurementEntry, MethodEntry, Profile
+from repro.schema import default_values
 from repro.subjects import SubjectInfo
 
 KEY_SCHEMA = 1
@@ -321,6 +322,11 @@ class _Planner:
         method = self.methods.get(entry.slug)
         if method is None or not method.needs_artifact(entry.config_object):
             return None
+        # A control takes the outcome of the method itself: only what it is used for differs.
+        config = {**entry.config}
+        if config.get("control", "none") != "none":
+            own = default_values(method.config)
+            config |= {name: own[name] for name in CONTROL_FIELDS if name in own}
         spec = method.calibration_data
         data = {"count": spec.count, "length": spec.length, "seed": spec.seed} if spec else {}
         identity = {
@@ -328,7 +334,7 @@ class _Planner:
             "subject_revision": info.revision,
             "device": self.device,
             "dtype": self.profile.dtype,
-            "method": {"slug": entry.slug, "config": entry.config},
+            "method": {"slug": entry.slug, "config": config},
             "data": data,
             "sources": [
                 self._method_digest(entry.slug),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import math
 import sys
 import time
@@ -228,7 +229,10 @@ class Worker:
                 from repro.calibration import calibration_prompts
 
                 data = calibration_prompts(subject, **wanted["data"])
-            return method.calibrate(subject, config, data, progress=progress)
+            own: dict[str, Any] = {}
+            if "workdir" in inspect.signature(method.calibrate).parameters:
+                own["workdir"] = self.store.root / "calibration" / wanted["id"]
+            return method.calibrate(subject, config, data, progress=progress, **own)
 
         try:
             return self.artifacts.get_or_make(wanted["id"], make, identity=wanted["identity"])

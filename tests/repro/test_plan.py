@@ -139,6 +139,19 @@ def test_artifact_identity(plugins, write_manifest):
     assert again.cells[1].artifact["id"] != artifacts[1]["id"]
 
 
+def test_a_control_takes_the_artifact_of_its_method(plugins, write_manifest):
+    source = plugins.root / "methods" / "fake" / "__init__.py"
+    fields = 'per_head: bool = False\n    control: str = "none"\n    draw: int = 0'
+    source.write_text(source.read_text().replace("per_head: bool = False", fields))
+    methods = "[{fake: {per_head: true}}, {fake: {per_head: true, control: random, draw: 3}}]"
+    cells = plan_of(write_manifest(methods=methods)).cells[1:]
+    assert cells[0].artifact["id"] == cells[1].artifact["id"] and cells[0].key != cells[1].key
+    assert cells[1].cell["method"]["config"]["draw"] == 3
+    other = "[{fake: {per_head: true}}, {fake: {per_head: true, draw: 3}}]"
+    cells = plan_of(write_manifest(methods=other)).cells[1:]
+    assert cells[0].artifact["id"] != cells[1].artifact["id"]
+
+
 def test_select(plugins, write_manifest):
     made = plan_of(write_manifest(measurements="[{noop: {lengths: [128, 256]}}]"))
     assert [cell.label for cell in made.select("fake")] == [

@@ -87,6 +87,23 @@ def test_calibration_is_made_once(run_cells, plugins):
     assert explained == [None, {"stride": 16}] * 2
 
 
+def test_a_calibration_that_takes_a_folder_finds_it_again(run_cells, plugins):
+    source = plugins.root / "methods" / "fake" / "__init__.py"
+    lines = (
+        "import torch",
+        "known = workdir.exists()",
+        "workdir.mkdir(parents=True, exist_ok=True)",
+        "if not known:",
+        '    raise RuntimeError("killed")',
+        "",
+    )
+    text = source.read_text().replace("*, progress):", "*, progress, workdir):")
+    source.write_text(text.replace("import torch\n", "\n    ".join(lines)))
+    for status in ("crashed", "ok"):
+        records = run_cells(methods="[{fake: {per_head: true}}]")
+        assert [r["status"] for name, r in records.items() if "fake" in name] == [status]
+
+
 def test_failing_calibration_is_tried_once(run_cells, plugins):
     source = plugins.root / "methods" / "fake" / "__init__.py"
     text = source.read_text().replace(
