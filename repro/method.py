@@ -69,6 +69,8 @@ class Method:
         needs_artifact: Whether this config needs ``calibrate`` first.
         calibrate: ``calibrate(subject, config, data, *, progress) -> Artifact``; ``data`` is a
             sequence of token-id tensors ``[1, T]`` int64 that never score.
+        calibration_fields: Fields of the config that the artifact depends on, None for all:
+            configs that differ elsewhere share it.
         fallback_limit: A cell whose ``fallback_share`` exceeds this is ``invalid``.
     """
 
@@ -81,6 +83,7 @@ class Method:
     needs_artifact: Callable[[Any], bool] = lambda config: False
     calibrate: Callable[..., Artifact] | None = None
     calibration_data: CalibrationSpec | None = None
+    calibration_fields: tuple[str, ...] | None = None
     fallback_limit: float = 0.0
 
 

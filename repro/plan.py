@@ -323,12 +323,15 @@ class _Planner:
             return None
         spec = method.calibration_data
         data = {"count": spec.count, "length": spec.length, "seed": spec.seed} if spec else {}
+        config = entry.config
+        if method.calibration_fields is not None:
+            config = {name: config[name] for name in method.calibration_fields}
         identity = {
             "subject": info.name,
             "subject_revision": info.revision,
             "device": self.device,
             "dtype": self.profile.dtype,
-            "method": {"slug": entry.slug, "config": entry.config},
+            "method": {"slug": entry.slug, "config": config},
             "data": data,
             "sources": [
                 self._method_digest(entry.slug),
