@@ -1,9 +1,10 @@
 """How the files of a run store travel in the log of a job: nothing but the job server is needed.
 
     @repro <name of the file below runs/> <part>/<parts> <crc of the whole> <base64 of zlib>
+    @repro end
 
-The job sends the files of a cell as the cell ends, its record last; who follows the log stores
-them, at once or days later, unless what is here by then is better.
+The job sends the files of a cell as the cell ends, its record last, and the second line when all
+are; who follows the log stores them, at once or days later, unless what is here by then is better.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _PLACE = (
 )
 # Another writer's text may stand before a line of ours, if that one did not end its own.
 _LINE = re.compile(rf"{MARK} (\S+) (\d+)/(\d+) ([0-9a-f]{{8}}) ([A-Za-z0-9+/=]*)$")
+_END = f"{MARK} end"
 _BROKEN_LINE = re.compile(rf"{MARK} ({_PLACE})\s.*")
 
 
@@ -79,6 +81,10 @@ class Outbox:
     def message(self, text: str) -> None:
         pass
 
+    def close(self) -> None:
+        """Say that everything has been sent."""
+        self._write(f"{_END}\n".encode())
+
     def _folder_of(self, key: str, record: dict[str, Any]) -> CellFolder | None:
         """Return the folder of the machine that made a record; others hold what was shipped."""
         if environment := record.get("environment"):
@@ -119,9 +125,14 @@ class Inbox:
         self._parts: dict[str, list[str]] = {}
         self._waiting: dict[str, dict[str, bytes]] = {}  # folder of a cell -> name -> data
         self._damaged: set[str] = set()
+        #: Whether the job has said that everything was sent: without it the log is cut.
+        self.ended = False
 
     def take(self, line: str) -> str | None:
         """Take in a line; return what of it is not ours, None if it was ours alone."""
+        if line.endswith(_END):  # another writer's text may stand before it
+            self.ended = True
+            return line.removesuffix(_END) or None
         found = _LINE.search(line)
         text = line if found is None else line[: found.start()]
         broken = _BROKEN_LINE.search(text)
@@ -160,7 +171,8 @@ class Inbox:
         """Keep a whole file, now or when its record is here; False if the record is none."""
         folder, _, file = name.rpartition("/")
         if file not in SENT:
-            write_atomically(self.store.root / name, data)
+            if _created(data) >= _created(_contents(self.store.root / name)):
+                write_atomically(self.store.root / name, data)
             return True
         if file != "record.json":
             self._waiting.setdefault(folder, {})[file] = data
@@ -178,7 +190,7 @@ class Inbox:
         if stored is not None and _stays(stored, record):
             return
         items = folder.items_path
-        here = items.read_bytes() if items.exists() else b""
+        here = _contents(items)
         for name, data in files.items():
             if name != items.name or _count_items(data) >= _count_items(here):
                 write_atomically(folder.path / name, data)
@@ -191,6 +203,18 @@ def _decoded(text: str, crc: str) -> bytes | None:
     except (ValueError, zlib.error):
         return None
     return data if f"{zlib.crc32(data):08x}" == crc else None
+
+
+def _contents(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _created(index: bytes) -> str:
+    """Return when the index of a run was made, "" where it does not say."""
+    try:
+        return str(json.loads(index)["created"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _record_of(data: bytes) -> dict[str, Any] | None:

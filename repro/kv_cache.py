@@ -19,6 +19,7 @@ Keys arrive rotated, as the model's attention gets them.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -123,7 +124,7 @@ def patched_kv_cache(
     patch = KVPatch(model, make_layer, facts or {})
     name = f"repro_kv_cache_{next(_numbers)}"
     with (
-        registered_attention(name, patch.bridge.forward, make_mask),
+        registered_attention(name, _Bridge(make_layer).forward, make_mask),
         switched_attention(model, name),
     ):
         yield patch
@@ -137,18 +138,23 @@ class KVPatch(Patch):
     ) -> None:
         self._facts = dict(facts)
         self._layers = model.config.get_text_config().num_hidden_layers
-        self.bridge = _Bridge(make_layer)
+        self._make_layer = make_layer
         self._cache: KVCache | None = None
 
     def make_cache(self, prompt_length: int | None = None) -> KVCache:
-        """Return an empty cache; ``stats`` speaks of the last one made.
+        """Return an empty cache; ``stats`` speaks of the last one made or copied.
 
         Args:
             prompt_length: Tokens of the prompt, padding counted, if it comes in several passes;
                 None if the first pass is all of it.
         """
-        self._cache = KVCache(self.bridge, self._layers, prompt_length)
-        return self._cache
+        layers = [_Layer(self._make_layer, i, prompt_length) for i in range(self._layers)]
+        return self.now_at(KVCache(self, layers))
+
+    def now_at(self, cache: KVCache) -> KVCache:
+        """Have ``stats`` speak of this cache."""
+        self._cache = cache
+        return cache
 
     def reset(self) -> None:
         """Forget the last cache."""
@@ -182,8 +188,12 @@ def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
 class KVCache(Cache):
     """The ``Cache`` that a patched model is run with."""
 
-    def __init__(self, bridge: _Bridge, layers: int, prompt_length: int | None) -> None:
-        super().__init__(layers=[_Layer(bridge, i, prompt_length) for i in range(layers)])
+    def __init__(self, patch: KVPatch, layers: list[_Layer]) -> None:
+        super().__init__(layers=layers)
+        self._patch = patch
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        return self._patch.now_at(KVCache(self._patch, copy.deepcopy(self.layers, memo)))
 
     def held(self) -> list[LayerCache]:
         """Return the method's layers that have got tokens."""
@@ -217,9 +227,9 @@ class KVCache(Cache):
 class _Layer(CacheLayerMixin):
     """Counts the tokens of one layer and tells the attention function which layer they are for."""
 
-    def __init__(self, bridge: _Bridge, index: int, prompt_length: int | None) -> None:
+    def __init__(self, make_layer: MakeLayer, index: int, prompt_length: int | None) -> None:
         super().__init__()
-        self.bridge, self.index = bridge, index
+        self.make_layer, self.index = make_layer, index
         self.prompt_length = prompt_length
         self.held: Any = None
         self.batch = 0
@@ -232,7 +242,8 @@ class _Layer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.bridge.waiting = self
+        # The model hands this very tensor to its attention function.
+        key_states.repro_kv_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
     def take(self, k: torch.Tensor, heads: int) -> LayerCache:
@@ -241,7 +252,7 @@ class _Layer(CacheLayerMixin):
             batch, kv_heads, _, head_dim = k.shape
             self.batch, self.is_initialized = batch, True
             shape = LayerShape(self.index, batch, heads, kv_heads, head_dim, k.dtype, k.device)
-            self.held = self.bridge.make_layer(shape)
+            self.held = self.make_layer(shape)
         elif k.shape[0] != self.batch:
             raise UnsupportedCombination(
                 f"kv cache: the batch must be the {self.batch} sequences that the cache holds, got "
@@ -269,6 +280,12 @@ class _Layer(CacheLayerMixin):
         self.held, self.seen, self.prefilling, self.is_initialized = None, 0, True, False
 
 
+_MASKS = (
+    "kv cache: the attention mask must be causality with padding, got a sliding window, packed "
+    "sequences or a custom 4-D mask"
+)
+
+
 def make_mask(
     batch_size: int,
     q_length: int,
@@ -286,10 +303,7 @@ def make_mask(
     """
     plain = mask_function is causal_mask_function and options.get("local_size") is None
     if not plain or (attention_mask is not None and attention_mask.ndim != 2):
-        raise UnsupportedCombination(
-            "kv cache: the attention mask must be causality with padding, got a sliding window, "
-            "packed sequences or a custom 4-D mask"
-        )
+        raise UnsupportedCombination(_MASKS)
     if attention_mask is None:
         return None
     if attention_mask.shape[1] != kv_length:
@@ -305,7 +319,6 @@ class _Bridge:
 
     def __init__(self, make_layer: MakeLayer) -> None:
         self.make_layer = make_layer
-        self.waiting: _Layer | None = None  # whose attention comes next
 
     def forward(
         self,
@@ -321,15 +334,17 @@ class _Bridge:
         """Return the attention output ``[B, T, H, D]`` of one layer."""
         check_supported(module, dropout, options)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        layer, self.waiting = self.waiting, None
+        layer: _Layer | None = getattr(key, "repro_kv_layer", None)
         tokens = query.shape[2]
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            raise UnsupportedCombination(_MASKS)  # one that the model was given as it is
         if key.shape[2] != tokens:
             raise UnsupportedCombination(
                 "kv cache: the model must be run with the cache of the patch (make_cache), got "
                 f"{key.shape[2]} keys for {tokens} queries from another one"
             )
         if layer is None:
-            layer = _Layer(self, int(getattr(module, "layer_idx", 0)), None)
+            layer = _Layer(self.make_layer, int(getattr(module, "layer_idx", 0)), None)
         held = layer.take(key, query.shape[1])
         remaining = max((layer.prompt_length or 0) - layer.seen - tokens, 0)
         new = NewTokens(query, key, value, scale, remaining)

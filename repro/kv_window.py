@@ -57,7 +57,8 @@ class SinkWindow:
         """Return the positions of the tokens held, ascending, int64 on the CPU."""
         length = self.lengths[sequence]
         sinks = torch.arange(min(length, self.sink_size))
-        recent = torch.arange(max(self.sink_size, length - self.recent_size), length)
+        first = max(self.sink_size, length - self.recent_size)
+        recent = torch.arange(min(first, length), length)
         return torch.cat([sinks, recent])
 
     def held(self, sequence: int) -> int:

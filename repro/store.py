@@ -414,6 +414,7 @@ class RunStore:
         path = self.root / plan["name"] / plan["profile"] / f"{plan['device']}.json"
         index = {
             "schema": RECORD_SCHEMA,
+            "created": now(),
             "manifest": manifest,
             "cells": [{"key": cell["key"], "cell": cell["cell"]} for cell in plan["cells"]],
         }

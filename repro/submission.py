@@ -157,7 +157,10 @@ def _follow_once(
         raise _Broken(f"the log ends, but the job is {state.status.value.lower()}")
     if rest:
         _take(rest, inbox, say)
-    return state, inbox.missing()
+    missing = inbox.missing()
+    if state.status == "SUCCEEDED" and not inbox.ended:
+        missing.append("the end of the log")
+    return state, missing
 
 
 class _Broken(Exception):
@@ -296,6 +299,7 @@ def main(name: str, profile: str, device: str) -> int:
         address="auto",
         also=outbox,
     )
+    outbox.close()
     return outcome.exit_code
 
 

@@ -180,7 +180,9 @@ class Worker:
                 cache=self.store.root / "cache",
                 progress=progress,
             )
-            return dict(measurements.get(measured["name"]).run(context))
+            body = dict(measurements.get(measured["name"]).run(context))
+        figures = [] if artifact is None else artifact.metadata.get("figures", [])
+        return body | ({"figures": figures} if figures else {})
 
     def _load(self, cell: Mapping[str, Any]) -> subjects.Subject:
         wanted = (cell["subject"], cell["device"], cell["dtype"])

@@ -15,6 +15,7 @@ from repro.attention_patch import (
     switched_attention,
 )
 from repro.errors import BadInput, Fault, UnsupportedCombination
+from repro.figures import curve, heatmap
 from repro.kernels.block_sparse_attention import block_sparse_attention
 from repro.kv_cache import make_mask
 from repro.method import Artifact
@@ -70,7 +71,20 @@ def train_gates(
         "losses": torch.stack(losses).float().cpu(),
         "distances": torch.stack(distances).float().cpu(),
     }
-    return Artifact(tensors=tensors, metadata=settings | {"mean": round(float(final.mean()), 6)})
+    shown = [(step + 1, float(loss)) for step, loss in enumerate(tensors["losses"])]
+    figures = [
+        heatmap(
+            "Gates: 1 is a retrieval head",
+            final.tolist(),
+            row="layer",
+            column="KV head",
+            label="gate",
+            limits=(0.0, 1.0),
+        ),
+        curve("Loss of the gates", {"loss": shown}, x="step", y="loss", joined=["loss"]),
+    ]
+    metadata = settings | {"mean": round(float(final.mean()), 6), "figures": figures}
+    return Artifact(tensors=tensors, metadata=metadata)
 
 
 def rate_factor(step: int, steps: int) -> float:

@@ -24,6 +24,8 @@ INFRA_TRIES = 3  # how often a cell is started whose machine fails
 READY_TRIES = 5  # starts of a process before its machine counts as broken
 POLL_SECONDS = 0.2
 GROW_SECONDS = 5.0  # between two looks at what the cluster has
+QUESTIONS = 4  # about progress, on their way at once: workers may be many, the driver is one
+SILENT_SECONDS = 10.0  # until a question without an answer keeps no other from being asked
 HEAD_SECONDS = 10.0  # without the cluster's head before the run ends; Ray itself waits for 60
 
 
@@ -100,6 +102,7 @@ class Pool:
         self._started = 0
         self._head = _Head(ray)
         self._grew = -GROW_SECONDS
+        self._watched = 0.0
 
     def drain(self) -> None:
         """Hand out cells and take in records until none is left."""
@@ -133,8 +136,27 @@ class Pool:
             # Its next cell goes out before another outcome is looked at: nobody waits for all.
             calls[call].collect()
             calls[call].advance()
+        now = time.monotonic()
+        if not done or now - self._watched > POLL_SECONDS:  # a free worker comes first
+            self._watched = now
+            self._watch()
+
+    def _watch(self) -> None:
+        """End what takes too long, and ask some of the running cells how far they are."""
+        asked = {worker.question: worker for worker in self.workers if worker.question is not None}
+        if asked:
+            answered, _ = self.ray.wait(list(asked), num_returns=len(asked), timeout=0)
+            for question in answered:
+                asked[question].show_progress()
         for worker in self.workers:
-            worker.watch()
+            worker.end_if_late()
+        silent = time.monotonic() - SILENT_SECONDS
+        free = QUESTIONS - sum(
+            worker.asked > silent for worker in asked.values() if worker.question
+        )
+        waiting = [worker for worker in self.workers if worker.wants_to_ask()]
+        for worker in sorted(waiting, key=lambda worker: worker.asked)[: max(free, 0)]:
+            worker.ask()
 
     def _grow(self) -> None:
         """Start workers where the cluster has room: nodes come and go."""

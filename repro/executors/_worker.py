@@ -43,9 +43,9 @@ class Worker:
         self.ended = False
         self._not_before = 0.0
         self._began = 0.0
-        self._asked = 0.0
+        self.asked = 0.0
         self._report: Callable[[int, int], None] = lambda done, total: None
-        self._progress_call: Any = None
+        self.question: Any = None  # about progress, not answered yet
 
     @property
     def machine(self) -> str:
@@ -75,8 +75,8 @@ class Worker:
         self.pool.tries[planned.key] = self.pool.tries.get(planned.key, 0) + 1
         self.session.listener.started(planned, self.name)
         self._report = self.session.listener.progress_of(planned)
-        self._began = self._asked = time.monotonic()
-        self._progress_call = None  # what it answers is of the cell before
+        self._began = self.asked = time.monotonic()
+        self.question = None  # what it answers is of the cell before
         items = None if self.shared else self._items(planned)
         self.call = self.actor.run.remote(planned.to_json(), items)
 
@@ -107,28 +107,38 @@ class Worker:
         if not result["healthy"]:
             self._restart()
 
-    def watch(self) -> None:
-        """Show how far the running cell is, and end it when its time is over."""
-        if self.current is None or self.call is None:
+    def end_if_late(self) -> None:
+        """End the running cell when its time is over."""
+        limit = self.session.plan.timeout_seconds
+        if self.call is None or self.current is None or time.monotonic() - self._began <= limit:
             return
-        now, limit = time.monotonic(), self.session.plan.timeout_seconds
-        if now - self._began > limit:
-            planned, self.current, self.call = self.current, None, None
-            self._settle(planned, "timeout", f"took longer than {limit:g} s")
-            self._restart()
-        elif self._progress_call is None:
-            if now - self._asked > PROGRESS_SECONDS:
-                self._asked = now
-                offset = 0 if self.shared else len(self._items(self.current) or b"")
-                self._progress_call = self.actor.progress.remote(self.current.key, offset)
-        elif self.ray.wait([self._progress_call], timeout=0)[0]:
-            call, self._progress_call = self._progress_call, None
-            with contextlib.suppress(self.ray.exceptions.RayError):
-                done, total, items = self.ray.get(call)
-                if total:
-                    self._report(done, total)
-                if items:
-                    self._append(self.current, items)
+        planned, self.current, self.call = self.current, None, None
+        self._settle(planned, "timeout", f"took longer than {limit:g} s")
+        self._restart()
+
+    def wants_to_ask(self) -> bool:
+        """Tell whether it is time to ask how far the running cell is."""
+        waiting = self.current is not None and self.call is not None and self.question is None
+        return waiting and time.monotonic() - self.asked > PROGRESS_SECONDS
+
+    def ask(self) -> None:
+        """Ask how far the running cell is, and for its items where the store is not shared."""
+        if self.current is not None:
+            self.asked = time.monotonic()
+            offset = 0 if self.shared else len(self._items(self.current) or b"")
+            self.question = self.actor.progress.remote(self.current.key, offset)
+
+    def show_progress(self) -> None:
+        """Take in the answer to ``ask``."""
+        question, self.question = self.question, None
+        with contextlib.suppress(self.ray.exceptions.RayError):
+            done, total, items = self.ray.get(question)
+            if self.current is None:
+                return
+            if total:
+                self._report(done, total)
+            if items:
+                self._append(self.current, items)
 
     def stop(self) -> None:
         """End the actor for good."""
@@ -164,7 +174,7 @@ class Worker:
         self._gone()
 
     def _gone(self) -> None:
-        self.environment = self.subject = self._progress_call = None
+        self.environment = self.subject = self.question = None
 
     def _failed(self, planned: PlannedCell | None, error: Exception) -> None:
         """Find out what the end of the actor's process means for its cell."""

@@ -121,6 +121,8 @@ def _machine(name: str, records: list[Record], profile: str, images: bool) -> Ma
     if name:
         machine.sections += accuracy.sections(found, labels)
         machine.sections += scalars.sections(records, labels, scored)
+    if images and name and plots.calibrated(records):
+        machine.sections.append(Section(plots.CALIBRATION))
     failed = scalars.failures(records, labels)
     if failed.rows:
         machine.sections.append(Section("Cells without a result", [failed]))

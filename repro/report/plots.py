@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from repro.report.labels import Labels
 
 _DEPTH_BINS = 10
 _MAX_PANELS = 4
+_WRITTEN_VALUES = 160  # a matrix of more is colours alone
+#: Title of the section of what calibrations left.
+CALIBRATION = "Calibration"
 #: Colours that stay apart for colour-blind readers (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -51,7 +54,7 @@ def draw(records: Evidence, labels: Labels, device: str) -> list[Plot]:
         if image := _ratio_by_length(members, labels, f"{device}; {name}"):
             caption = f"Dense over method by length: {name}"
             found.append(Plot(_stem(f"{section}-{name}"), section, caption, image))
-    return found
+    return found + _calibrations(records.records, labels)
 
 
 def _stem(text: str) -> str:
@@ -209,6 +212,68 @@ def _ratio_by_length(cells: Sequence[Record], labels: Labels, device: str) -> by
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     return _png(figure)
+
+
+# What calibrations left
+
+
+def calibrated(records: Sequence[Record]) -> bool:
+    """Tell whether a calibration left something to draw."""
+    return any(f["kind"] in _DRAWN for record in records for f in record.get("figures") or ())
+
+
+def _calibrations(records: Sequence[Record], labels: Labels) -> list[Plot]:
+    """Draw every figure once, in the section ``CALIBRATION``."""
+    found: dict[str, Plot] = {}
+    for record in records:
+        name = labels.name(evidence.variant_of(record))
+        for figure in record.get("figures") or ():
+            stem = _stem(f"{name}-{figure['title']}")
+            if figure["kind"] in _DRAWN and stem not in found:
+                image = _DRAWN[figure["kind"]](figure)
+                found[stem] = Plot(stem, CALIBRATION, f"{name}: {figure['title']}", image)
+    return list(found.values())
+
+
+def _heatmap(figure: Mapping[str, Any]) -> bytes:
+    values = np.array(figure["values"], dtype=float)
+    rows, columns = values.shape
+    picture, (axis,) = _figure(min(9.0, 2.5 + 0.45 * columns), min(9.0, 1.4 + 0.35 * rows))
+    low, high = figure.get("limits") or (None, None)
+    shown = axis.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
+    if values.size <= _WRITTEN_VALUES:
+        middle = (shown.norm.vmin + shown.norm.vmax) / 2
+        for (row, column), value in np.ndenumerate(values):
+            colour = "white" if value < middle else "black"
+            axis.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, c=colour)
+    axis.set_xlabel(figure["column"], fontsize=8)
+    axis.set_ylabel(figure["row"], fontsize=8)
+    axis.set_xticks(range(0, columns, 1 + columns // 17))
+    axis.set_yticks(range(0, rows, 1 + rows // 17))
+    axis.tick_params(labelsize=8)
+    axis.set_title(figure["title"], fontsize=9)
+    picture.colorbar(shown, ax=axis, label=figure["label"])
+    return _png(picture)
+
+
+def _curve(figure: Mapping[str, Any]) -> bytes:
+    picture, (axis,) = _figure(5.6, 3.6)
+    for index, (name, points) in enumerate(figure["series"].items()):
+        x, y = zip(*sorted(points), strict=True) if points else ((), ())
+        style = "o-" if name in figure["joined"] else "o"
+        alpha = 1.0 if name in figure["joined"] else 0.5
+        colour = _COLOURS[index % len(_COLOURS)]
+        axis.plot(x, y, style, color=colour, alpha=alpha, markersize=4, label=name)
+    axis.set_xlabel(figure["x"], fontsize=8)
+    axis.set_ylabel(figure["y"], fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.set_title(figure["title"], fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return _png(picture)
+
+
+_DRAWN = {"heatmap": _heatmap, "curve": _curve}
 
 
 def _end(metric: dict[str, Any], name: str) -> float:

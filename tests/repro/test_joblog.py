@@ -157,6 +157,31 @@ def test_a_job_sends_the_folder_of_the_machine_that_ran(tmp_path, status):
     assert sent(tmp_path, record) == [ITEMS, RECORD]
 
 
+def test_a_job_says_when_everything_is_sent(tmp_path):
+    with (tmp_path / "log").open("wb") as stream:
+        Outbox(RunStore(tmp_path), "name", "p", stream.fileno()).close()
+    inbox = Inbox(RunStore(tmp_path))
+    assert inbox.take("all is well") == "all is well" and not inbox.ended
+    assert inbox.take("cut short: " + (tmp_path / "log").read_text().strip()) == "cut short: "
+    assert inbox.ended and inbox.missing() == []
+
+
+@pytest.mark.parametrize(
+    ("here", "comes", "taken"),
+    [("1", "2", True), ("2", "1", False), ("1", "1", True), (None, "1", True), ("", "1", True)],
+)
+def test_an_older_index_replaces_none(tmp_path, here, comes, taken):
+    """That of an old job, attached again."""
+    place = tmp_path / "name" / "p" / "cpu.json"
+    before = b"" if here is None else b'{"created": "%s", "old": 1}' % here.encode()
+    if here is not None:
+        place.parent.mkdir(parents=True)
+        place.write_bytes(before)
+    data = b'{"created": "%s"}' % comes.encode()
+    assert take_all(tmp_path, list(lines_of("name/p/cpu.json", data))) == []
+    assert place.read_bytes() == (data if taken else before)
+
+
 def test_a_job_sends_no_record_that_was_shipped(tmp_path):
     assert sent(tmp_path, write_cell(tmp_path / "job"), cached=True) == []
 

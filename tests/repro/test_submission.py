@@ -62,6 +62,9 @@ def quick(monkeypatch):
     monkeypatch.setattr(submission, "RECONNECT_SECONDS", 0.2)
 
 
+END = "@repro end"
+
+
 def connection_errors():
     aiohttp = pytest.importorskip("aiohttp")
     info = SimpleNamespace(real_url="http://head:8265")
@@ -79,7 +82,7 @@ def test_a_broken_connection_is_taken_up_again(tmp_path, quick, error):
     write_cell(tmp_path / "job", message=secrets.token_hex(50_000))
     files = [line for file in lines_of_cell(tmp_path / "job") for line in file]
     assert len(files) > 5
-    log = ["[1/3] dense: ok", files[0], "[2/3] method: ok", *files[1:], "[3/3] other: ok"]
+    log = ["[1/3] dense: ok", files[0], "[2/3] method: ok", *files[1:], "[3/3] other: ok", END]
     # Farther, less far than before, at once, and in the middle of a file.
     breaks = [(after, connection_errors()[error]) for after in (3, 1, 0, 5)]
     client, said = BrokenTunnel([line + "\n" for line in log], breaks), []
@@ -124,13 +127,16 @@ def test_a_store_that_cannot_be_written_is_no_broken_connection(tmp_path, quick)
     [
         ("SUCCEEDED", None, True, ""),
         ("SUCCEEDED", "cut", False, "--attach job --address http://head:8265` reads the log again"),
+        ("SUCCEEDED", "end", False, "missing here: the end of the log; `repro submit --attach"),
         ("FAILED", None, False, "job job: failed; see its log"),
+        ("FAILED", "end", False, "job job: failed; see its log"),
     ],
 )
 def test_a_job_is_good_when_all_is_here(tmp_path, quick, monkeypatch, status, harm, good, told):
     write_cell(tmp_path / "job", items=5000)
     items, record = lines_of_cell(tmp_path / "job")
-    log = [*(harmed(items, harm) if harm else items), *record]
+    log = [*(harmed(items, harm) if harm == "cut" else items), *record]
+    log += [END] if harm != "end" else []
     client, said = BrokenTunnel([line + "\n" for line in log], status=status), []
     monkeypatch.setattr(submission, "_client", lambda address: client)
     follow = lambda: submission.follow(
@@ -138,7 +144,7 @@ def test_a_job_is_good_when_all_is_here(tmp_path, quick, monkeypatch, status, ha
     )
     assert follow() == good
     assert (told in said[-1] if told else said == []) and len(said) <= 1
-    assert (ITEMS in "".join(said)) == bool(harm)
+    assert (ITEMS in "".join(said)) == (harm == "cut")
     assert follow() == good  # what is here already does no harm
 
 

@@ -173,10 +173,15 @@ def _attention(context: CellContext) -> Work:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     subject, options = context.subject, context.options
-    if context.method is not None and context.method.kind != "attention":
+    kind = "attention" if context.method is None else context.method.kind
+    if kind == "kv_cache":
+        from repro.measurements.latency.cached import cached_attention
+
+        return cached_attention(context, *_operator_pool(context))
+    if kind != "attention":
         raise UnsupportedCombination(
-            f"latency: the attention phase is for attention methods; {context.method.slug} is of "
-            f"kind {context.method.kind}"
+            "latency: the attention phase is for attention and KV-cache methods; "
+            f"{context.method.slug} is of kind {kind}"
         )
     pool, source = _operator_pool(context)
     modules = {

@@ -1,0 +1,124 @@
+"""Laws that every KV-cache method keeps, as checks for its tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from repro.subjects import Subject
+
+
+def prompts(batch: int, length: int, seed: int = 0, vocabulary: int = 512) -> torch.Tensor:
+    """Return random token ids ``[B, T]`` int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def generate(
+    subject: Subject,
+    ids: torch.Tensor,
+    *,
+    cache: Any = None,
+    mask: torch.Tensor | None = None,
+    new_tokens: int = 12,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Continue greedily; return the new ids ``[B, n]`` and their logits ``[B, n, V]``."""
+    out = subject.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **({} if cache is None else {"past_key_values": cache}),
+    )
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
+
+
+@torch.no_grad()
+def stepped(
+    subject: Subject, ids: torch.Tensor, cache: Any, *, prompt: int, chunk: int | None = None
+) -> torch.Tensor:
+    """Return the logits ``[B, T, V]`` of a prompt (in chunks) and then token after token."""
+    chunk = chunk or prompt
+    ends = [*range(chunk, prompt, chunk), prompt, *range(prompt + 1, ids.shape[1] + 1)]
+    begin, parts = 0, []
+    for end in ends:
+        parts.append(subject.model(ids[:, begin:end], past_key_values=cache).logits)
+        begin = end
+    return torch.cat(parts, dim=1)
+
+
+def check_equals_dense(method: Any, subject: Subject, config: Any, ids: torch.Tensor) -> None:
+    """A budget that covers the input changes nothing."""
+    expected_ids, expected = generate(subject, ids)
+    with method.apply(subject, config, None) as patch:
+        found_ids, found = generate(subject, ids, cache=patch.make_cache())
+    assert torch.equal(found_ids, expected_ids)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+def check_batch_equals_singles(
+    method: Any, subject: Subject, config: Any, lengths: tuple[int, ...] = (40, 23, 1)
+) -> None:
+    """A left-padded prompt gives in a batch what it gives alone."""
+    longest = max(lengths)
+    ids = prompts(len(lengths), longest, seed=1)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : longest - length] = 0
+    with method.apply(subject, config, None) as patch:
+        _, together = generate(subject, ids, mask=mask, cache=patch.make_cache())
+        for row, length in enumerate(lengths):
+            alone = generate(subject, ids[row : row + 1, -length:], cache=patch.make_cache())[1]
+            torch.testing.assert_close(together[row : row + 1], alone, atol=2e-4, rtol=1e-4)
+
+
+def check_chunks_equal_whole(method: Any, subject: Subject, config: Any) -> None:
+    """A prompt that comes in chunks gives what it gives at once, in decode too."""
+    ids = prompts(1, 56, seed=2)
+    with method.apply(subject, config, None) as patch:
+        whole = stepped(subject, ids, patch.make_cache(), prompt=44)
+        for chunk in (7, 32):
+            cache = patch.make_cache(prompt_length=44)
+            parts = stepped(subject, ids, cache, prompt=44, chunk=chunk)
+            torch.testing.assert_close(parts, whole, atol=2e-4, rtol=1e-4)
+
+
+def check_generate_equals_steps(method: Any, subject: Subject, config: Any) -> None:
+    """``generate`` gives what feeding its tokens one by one gives."""
+    ids = prompts(1, 40, seed=3)
+    with method.apply(subject, config, None) as patch:
+        new, logits = generate(subject, ids, cache=patch.make_cache())
+        given = torch.cat([ids, new[:, :-1]], dim=1)
+        steps = stepped(subject, given, patch.make_cache(), prompt=40)
+    torch.testing.assert_close(steps[:, 39:], logits, atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def check_undoes_itself(method: Any, subject: Subject, config: Any) -> None:
+    """The model is bit-identical afterwards, also after an exception."""
+    ids = prompts(2, 20)
+    before, settings = subject.model(ids).logits, subject.model.config.to_dict()
+    for fails in (False, True):
+        try:
+            with method.apply(subject, config, None) as patch:
+                subject.model(ids, past_key_values=patch.make_cache())
+                if fails:
+                    raise KeyError("on purpose")
+        except KeyError:
+            pass
+        assert torch.equal(subject.model(ids).logits, before)
+        assert subject.model.config.to_dict() == settings
+
+
+LAWS = (
+    check_batch_equals_singles,
+    check_chunks_equal_whole,
+    check_generate_equals_steps,
+    check_undoes_itself,
+)

@@ -1,0 +1,103 @@
+"""H2O: attention received, who is evicted, and the laws of its cache."""
+
+import pytest
+import torch
+
+from repro.kv_testing import LAWS, check_equals_dense, generate, prompts
+from repro.methods.h2o import METHOD, H2OConfig, cache
+from repro.methods.h2o.cache import received_attention
+from repro.testing import tiny_subject
+
+TIGHT = H2OConfig(heavy_size=6, recent_size=5)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return tiny_subject()
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_law(law, subject):
+    law(METHOD, subject, TIGHT)
+
+
+@pytest.mark.parametrize("heavy", [0, 26])
+def test_slots_for_everything_are_dense(subject, heavy):
+    config = H2OConfig(heavy_size=heavy, recent_size=52 - heavy)
+    check_equals_dense(METHOD, subject, config, prompts(2, 40))
+
+
+def test_received_attention_is_the_column_sum(monkeypatch):
+    monkeypatch.setattr(cache, "_QUERIES", 7)
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 20, 8, generator=random)
+    k = torch.randn(1, 2, 33, 8, generator=random)
+    scores = q[0] @ k[0].repeat_interleave(2, 0).mT * 0.5
+    hidden = torch.ones(20, 33, dtype=torch.bool).triu(14)
+    expected = scores.masked_fill(hidden, -torch.inf).softmax(-1).sum(1).unflatten(0, (2, 2)).sum(1)
+    torch.testing.assert_close(received_attention(q, k, 0.5), expected)
+
+
+def played(q, k, v, prompt, config):
+    """The rule by hand for one KV head: yields the kept positions after every step, and outputs."""
+    score = {}
+    weights = (q[:prompt] @ k[:prompt].T).masked_fill(
+        torch.ones(prompt, prompt, dtype=torch.bool).triu(1), -torch.inf
+    )
+    for position, total in enumerate(weights.softmax(-1).sum(0)):
+        score[position] = float(total)
+
+    def evict(now):
+        older = sorted(position for position in score if position < now - config.recent_size)
+        older.sort(key=lambda position: -score[position])
+        for position in older[config.heavy_size :]:
+            del score[position]
+
+    evict(prompt)
+    for now in range(prompt, len(k)):
+        score[now] = 0.0
+        places = sorted(score)
+        weights = (k[places] @ q[now]).softmax(0)
+        for position, weight in zip(places, weights, strict=True):
+            score[position] += float(weight)
+        yield places, weights @ v[places]
+        evict(now + 1)
+
+
+def test_evicts_as_by_hand():
+    random = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(40, 8, generator=random) for _ in range(3))
+    shape = cache.LayerShape(0, 1, 1, 1, 8, torch.float32, torch.device("cpu"))
+    layer = cache.H2OLayer(shape, TIGHT)
+
+    def new(part):
+        return cache.NewTokens(*(x[None, None, part] for x in (q, k, v)), 1.0)
+
+    layer.prefill(0, new(slice(0, 20)))
+    layer.end_prefill()
+    for now, (places, expected) in enumerate(played(q, k, v, 20, TIGHT), start=20):
+        held = layer._position[0, 0]
+        assert sorted(held[held >= 0].tolist() + [now]) == places
+        torch.testing.assert_close(layer.decode(new(slice(now, now + 1)))[0, 0, 0], expected)
+
+
+def test_holds_a_constant_number_of_tokens(subject):
+    sizes = []
+    with METHOD.apply(subject, TIGHT, None) as patch:
+        for length in (20, 60):
+            generate(subject, prompts(1, length), cache=patch.make_cache())
+            sizes.append(patch.stats()["kv_bytes"])
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heavy_size": -1}, "heavy_size must be at least 0, got -1"),
+        ({"recent_size": 0}, "recent_size must be at least 1, got 0"),
+    ],
+    ids=["heavy", "recent"],
+)
+def test_bad_option_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        H2OConfig(**options)
