@@ -140,7 +140,9 @@ class _Streaming:
             begin = stop
         if steps:
             self._close(sequence)
-            parts.append(self._steps(sequence, *(x[:, :, end:] for x in (new.q, new.k, new.v)), new.scale))
+            parts.append(
+                self._steps(sequence, *(x[:, :, end:] for x in (new.q, new.k, new.v)), new.scale)
+            )
         return torch.cat(parts, dim=2)
 
     def fill(self, sequence: int, k: torch.Tensor, v: torch.Tensor) -> None:

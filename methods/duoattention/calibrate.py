@@ -56,7 +56,9 @@ def train_gates(
                 group["lr"] = config.learning_rate * rate_factor(step, config.steps)
             with torch.no_grad():
                 gates.clamp_(0, 1)
-            distance = student_distance(subject.model, document.ids[None].to(device), document.labels)
+            distance = student_distance(
+                subject.model, document.ids[None].to(device), document.labels
+            )
             loss = distance + config.l1_weight * gates.abs().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -112,9 +114,7 @@ def student_distance(model: Any, ids: torch.Tensor, labels: int) -> torch.Tensor
 
 
 @contextmanager
-def distillation(
-    model: Any, gates: torch.Tensor, config: DuoAttentionConfig
-) -> Iterator[None]:
+def distillation(model: Any, gates: torch.Tensor, config: DuoAttentionConfig) -> Iterator[None]:
     """Run a model on batches of two halves inside the block: teacher and student of the same texts.
 
     The teacher's half is dense. Of each KV head the student's half gets ``gate`` times the teacher's

@@ -13,7 +13,7 @@ import torch
 from repro import claims, manifest
 from repro.errors import BadInput, MissingResource, UnsupportedCombination
 from repro.kv_cache import LayerShape, NewTokens
-from repro.kv_testing import LAWS, check_equals_dense, generate, prompts, stepped
+from repro.kv_testing import LAWS, check_equals_dense, prompts, stepped
 from repro.method import Artifact
 from repro.methods.duoattention import METHOD, TRAINING, DuoAttentionConfig
 from repro.methods.duoattention.cache import DuoLayer
@@ -294,7 +294,13 @@ def test_decode_equals_prefill_of_the_prefix_with_the_same_chunks(subject, promp
     with METHOD.apply(subject, TIGHT, None) as patch:
         steps = stepped(subject, ids, patch.make_cache(), prompt=prompt)
         for end in range(prompt + 1, 41):
-            again = stepped(subject, ids[:, :end], patch.make_cache(prompt_length=prompt), prompt=prompt, chunk=12)
+            again = stepped(
+                subject,
+                ids[:, :end],
+                patch.make_cache(prompt_length=prompt),
+                prompt=prompt,
+                chunk=12,
+            )
             torch.testing.assert_close(again, steps[:, :end], atol=2e-4, rtol=1e-4)
 
 
@@ -415,7 +421,13 @@ def test_equal_gates_go_by_layer_and_head():
 
 def test_controls_keep_as_many_heads():
     sets = {}
-    for control, draw in (("none", 0), ("inverted", 0), ("random", 0), ("random", 0), ("random", 1)):
+    for control, draw in (
+        ("none", 0),
+        ("inverted", 0),
+        ("random", 0),
+        ("random", 0),
+        ("random", 1),
+    ):
         config = DuoAttentionConfig(sparsity=0.5, control=control, draw=draw)
         split = split_heads(GATES, config)
         assert sum(map(sum, split.retrieval)) == 3
@@ -437,7 +449,7 @@ def test_published_patterns_survive_writing_and_reading(tmp_path, subject):
     write_pattern(tmp_path / "made", gates, {"sink_size": 128, "recent_size": 256})
     for path in (tmp_path / "made", tmp_path / "made" / "full_attention_heads.tsv"):
         found, settings = read_pattern(path)
-        assert torch.equal(found, GATES.where(gates >= 0, torch.zeros(()))) 
+        assert torch.equal(found, GATES.where(gates >= 0, torch.zeros(())))
         assert settings == {"sink_size": 128, "recent_size": 256}
     config = DuoAttentionConfig(pattern=str(tmp_path / "made"))
     assert not METHOD.needs_artifact(config)
@@ -578,7 +590,9 @@ def test_training_is_deterministic_and_leaves_the_model_alone(subject):
     before = logits(subject, ids)
     flags = [x.requires_grad for x in subject.model.parameters()]
     made, again = (
-        METHOD.calibrate(subject, QUICK, [], progress=lambda done, total: seen.append((done, total)))
+        METHOD.calibrate(
+            subject, QUICK, [], progress=lambda done, total: seen.append((done, total))
+        )
         for _ in range(2)
     )
     assert torch.equal(logits(subject, ids), before)
