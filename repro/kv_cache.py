@@ -368,8 +368,8 @@ def _prefill(held: LayerCache, new: NewTokens, mask: torch.Tensor | None) -> tor
     out = new.q.new_zeros(batch, tokens, heads, new.v.shape[3])
     for row, start in enumerate(starts):
         if start < tokens:
-            part = (x[row : row + 1, :, start:] for x in (new.q, new.k, new.v))
-            attended = held.prefill(row, NewTokens(*part, new.scale, new.remaining))
+            q, k, v = (x[row : row + 1, :, start:] for x in (new.q, new.k, new.v))
+            attended = held.prefill(row, NewTokens(q, k, v, new.scale, new.remaining))
             out[row, start:] = attended[0].transpose(0, 1)
     return out
 

@@ -338,6 +338,25 @@ def test_reordered_weights_give_the_same_logits_and_come_back(subject):
         assert torch.equal(logits(subject, ids), before)
 
 
+def test_an_order_that_is_not_its_own_inverse_comes_back():
+    made = tiny_subject(layers=1, heads=8, kv_heads=4, head_dim=8)
+    before = {name: x.clone() for name, x in made.model.named_parameters()}
+    ids = token_ids(1, 30)
+    expected = logits(made, ids)
+    with reordered(made.model, ((False, False, True, True),)):
+        weight, old = (
+            found["model.layers.0.self_attn.k_proj.weight"]
+            for found in (dict(made.model.named_parameters()), before)
+        )
+        assert torch.equal(weight, torch.cat([old[16:], old[:16]]))
+        torch.testing.assert_close(logits(made, ids), expected, atol=1e-4, rtol=1e-4)
+    with reordered(made.model, ((False, True, False, False),)), pytest.raises(RuntimeError):
+        raise RuntimeError
+    with reordered(made.model, ((False, False, True, False),)):
+        torch.testing.assert_close(logits(made, ids), expected, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(x, before[name]) for name, x in made.model.named_parameters())
+
+
 def test_each_head_keeps_its_own_cache(subject):
     """Streaming exactly one head equals masking exactly that head of the model as it is."""
     ids = token_ids(1, 60)
