@@ -12,13 +12,20 @@ import triton.language as tl
 from repro.kernels.paged_attention.pages import Pages
 
 _LOG2_E = math.log2(math.e)
-#: Tokens of a step.
+#: Tokens of a step; half as many where they are wider than 16 bits in registers.
 _TILE = 64
 #: Fewest tokens for which another split pays its merging.
 _SPLIT_TOKENS = 256
 #: Programs per multiprocessor: enough loads in flight.
 _PROGRAMS = 4
 NUM_WARPS, NUM_STAGES = 4, 2
+
+
+@triton.jit
+def _spread(x, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Repeat each of ``[TILE, groups]`` over the channels of its group."""
+    wide = tl.broadcast_to(x[:, :, None], [x.shape[0], x.shape[1], GROUP])
+    return tl.reshape(wide, [x.shape[0], BLOCK_D])
 
 
 @triton.jit
@@ -59,13 +66,24 @@ def _load(
                 tl.interleave(codes & 3, (codes >> 4) & 3),
                 tl.interleave((codes >> 2) & 3, codes >> 6),
             )
-        # [TILE, BLOCK_D]: neighbours share a group, so that most of these come from cache.
-        if BY_TOKEN:
+        SPREAD: tl.constexpr = BY_TOKEN and GROUP & (GROUP - 1) == 0 and GROUP <= BLOCK_D
+        if SPREAD:
+            # [TILE, groups]: one load a group, then spread over its channels.
+            number = tl.arange(0, BLOCK_D // GROUP)
+            held = valid[:, None] & (number < head_dim // GROUP)[None, :]
+            group = (page * stride_gp + within * stride_gt)[:, None] + number[None, :]
+        elif BY_TOKEN:
+            held = present
             group = (page * stride_gp + within * stride_gt)[:, None] + (dim // GROUP)[None, :]
         else:
+            # [TILE, BLOCK_D]: the tokens of a group load the same from cache.
+            held = present
             group = (page * stride_gp + within // GROUP * stride_gt)[:, None] + dim[None, :]
-        scale = tl.load(scale_ptr + group, present, other=0.0).to(tl.float32)
-        minimum = tl.load(minimum_ptr + group, present, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + group, held, other=0.0).to(tl.float32)
+        minimum = tl.load(minimum_ptr + group, held, other=0.0).to(tl.float32)
+        if SPREAD:
+            scale = _spread(scale, GROUP, BLOCK_D)
+            minimum = _spread(minimum, GROUP, BLOCK_D)
         values = codes.to(tl.float32) * scale + minimum
     return values.to(DTYPE)
 
@@ -236,7 +254,9 @@ def constants(
     """Return the compile-time arguments of the decode kernel."""
     dtype = q_dtype
     for pages in (k, v):
-        dtype = torch.promote_types(dtype, (pages.data if pages.scale is None else pages.scale).dtype)
+        stored = pages.data if pages.scale is None else pages.scale
+        dtype = torch.promote_types(dtype, stored.dtype)
+    wide = dtype == torch.float32 or k.format.quantized or v.format.quantized
     names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     return {
         "SELECTED": selected,
@@ -248,7 +268,7 @@ def constants(
         "V_GROUP": v.group_size,
         "BLOCK_R": max(16, triton.next_power_of_2(n_rep)),
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "TILE": _TILE if dtype != torch.float32 else _TILE // 2,
+        "TILE": _TILE // 2 if wide else _TILE,
         "DTYPE": names[dtype],
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
