@@ -579,6 +579,15 @@ def test_loss_does_not_depend_on_the_order_of_texts(subject):
     torch.testing.assert_close(found, torch.stack(singles).mean())
 
 
+def test_distance_is_over_label_tokens(subject):
+    ids, gates = token_ids(2, 520), torch.zeros(3, 2)
+    with distillation(subject.model, gates, QUICK), torch.no_grad():
+        both = subject.model.model(ids.repeat(2, 1), use_cache=False).last_hidden_state
+        squares = (both[:2] - both[2:]).square().mean(-1)[:, 400:]
+    expected = squares.sum() / squares.numel()
+    torch.testing.assert_close(distance(subject, gates, ids, labels=400), expected)
+
+
 def test_teacher_is_the_model_itself(subject):
     ids = token_ids(1, 520)
     with torch.no_grad():
