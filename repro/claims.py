@@ -64,7 +64,7 @@ class Query(BaseModel):
     options: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
     metric: str = "score"
     compare: Compare = "none"
-    control: Literal["random", "oracle", "uniform"] = "random"
+    control: str = Field("random", pattern=r"^[a-z_]+$")
     min_cells: int = Field(1, ge=1)
 
 

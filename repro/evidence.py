@@ -170,7 +170,12 @@ def mean_density(records: Iterable[Record]) -> float | None:
 
 def mean_fallback(records: Iterable[Record]) -> float | None:
     """Return the mean share of attention calls that ran dense though they should not have."""
-    found = [(record.get("patch") or {}).get("fallback_share") for record in records]
+    return mean_observed(records, "fallback_share")
+
+
+def mean_observed(records: Iterable[Record], name: str) -> float | None:
+    """Return the mean of what patches have observed under a name, None if none has."""
+    found = [(record.get("patch") or {}).get(name) for record in records]
     values = [float(value) for value in found if value is not None and _finite(value)]
     return float(np.mean(values)) if values else None
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,12 +65,14 @@ class NewTokens:
         k: ``[B, H_kv, T, D]``, rotated.
         v: ``[B, H_kv, T, D]``.
         scale: Softmax scale.
+        remaining: Tokens of the prompt that later passes bring.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     scale: float
+    remaining: int = 0
 
 
 class LayerCache(ABC):
@@ -105,18 +107,21 @@ MakeLayer = Callable[[LayerShape], LayerCache]
 
 
 @contextmanager
-def patched_kv_cache(model: PreTrainedModel, make_layer: MakeLayer) -> Iterator[KVPatch]:
+def patched_kv_cache(
+    model: PreTrainedModel, make_layer: MakeLayer, *, facts: Mapping[str, Any] | None = None
+) -> Iterator[KVPatch]:
     """Run ``model`` with a method's cache inside the block; restore it on exit, error or not.
 
     Args:
         model: A decoder of transformers that takes its attention from ``AttentionInterface``.
         make_layer: Makes the cache of one layer, called anew for every cache.
+        facts: What ``stats`` is to say besides, JSON-able.
 
     Raises:
         UnsupportedCombination: If the model cannot switch its attention, or a call needs what the
             mechanism does not define (see the module).
     """
-    patch = KVPatch(model, make_layer)
+    patch = KVPatch(model, make_layer, facts or {})
     name = f"repro_kv_cache_{next(_numbers)}"
     with (
         registered_attention(name, _Bridge(make_layer).forward, make_mask),
@@ -128,13 +133,15 @@ def patched_kv_cache(model: PreTrainedModel, make_layer: MakeLayer) -> Iterator[
 class KVPatch(Patch):
     """What a patched model offers to the measurements."""
 
-    def __init__(self, model: PreTrainedModel, make_layer: MakeLayer) -> None:
+    def __init__(
+        self, model: PreTrainedModel, make_layer: MakeLayer, facts: Mapping[str, Any]
+    ) -> None:
         config = model.config.get_text_config()
         self.heads: int = config.num_attention_heads
         self._layers = config.num_hidden_layers
+        self._facts = dict(facts)
         self._make_layer = make_layer
         self._cache: KVCache | None = None
-        self.notes: dict[str, Any] = {}  # what the method adds to ``stats``
 
     def make_cache(self, prompt_length: int | None = None) -> KVCache:
         """Return an empty cache; ``stats`` speaks of the last one made or copied.
@@ -167,7 +174,7 @@ class KVPatch(Patch):
             "kv_bytes": sum(_nbytes(layer.tensors()) for layer in layers),
             "kv_tokens": 0 if self._cache is None else self._cache.get_seq_length(),
             "decode_density": read / seen if seen else None,
-            **self.notes,
+            **self._facts,
         }
 
 
@@ -339,7 +346,9 @@ class _Bridge:
             )
         if layer is None:
             layer = _Layer(self.make_layer, int(getattr(module, "layer_idx", 0)), None)
-        held, new = layer.take(key, query.shape[1]), NewTokens(query, key, value, scale)
+        held = layer.take(key, query.shape[1])
+        remaining = max((layer.prompt_length or 0) - layer.seen - tokens, 0)
+        new = NewTokens(query, key, value, scale, remaining)
         if layer.prefilling:
             out = _prefill(held, new, attention_mask)
         elif tokens == 1:
@@ -360,8 +369,8 @@ def _prefill(held: LayerCache, new: NewTokens, mask: torch.Tensor | None) -> tor
     out = new.q.new_zeros(batch, tokens, heads, new.v.shape[3])
     for row, start in enumerate(starts):
         if start < tokens:
-            part = (x[row : row + 1, :, start:] for x in (new.q, new.k, new.v))
-            attended = held.prefill(row, NewTokens(*part, new.scale))
+            q, k, v = (x[row : row + 1, :, start:] for x in (new.q, new.k, new.v))
+            attended = held.prefill(row, NewTokens(q, k, v, new.scale, new.remaining))
             out[row, start:] = attended[0].transpose(0, 1)
     return out
 

@@ -80,6 +80,8 @@ class Method:
         calibrate: ``calibrate(subject, config, data, *, progress) -> Artifact``; ``data`` is a
             sequence of token-id tensors ``[1, T]`` int64 that never score. One that takes
             ``workdir``, too, gets a folder of its own, the same after a kill, to go on from.
+        calibration_fields: Fields of the config that the artifact depends on, None for all:
+            configs that differ elsewhere share it.
         fallback_limit: A cell whose ``fallback_share`` exceeds this is ``invalid``.
     """
 
@@ -92,6 +94,7 @@ class Method:
     needs_artifact: Callable[[Any], bool] = lambda config: False
     calibrate: Callable[..., Artifact] | None = None
     calibration_data: CalibrationSpec | None = None
+    calibration_fields: tuple[str, ...] | None = None
     fallback_limit: float = 0.0
 
 

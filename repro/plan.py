@@ -329,6 +329,9 @@ class _Planner:
             config |= {name: own[name] for name in CONTROL_FIELDS if name in own}
         spec = method.calibration_data
         data = {"count": spec.count, "length": spec.length, "seed": spec.seed} if spec else {}
+        config = entry.config
+        if method.calibration_fields is not None:
+            config = {name: config[name] for name in method.calibration_fields}
         identity = {
             "subject": info.name,
             "subject_revision": info.revision,

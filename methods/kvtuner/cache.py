@@ -56,9 +56,9 @@ def packed_cache(
     head_dim = getattr(settings, "head_dim", None) or (
         settings.hidden_size // settings.num_attention_heads
     )
-    with patched_kv_cache(subject.model, make_layer) as patch:
-        stored = sum(packing.stored_bits(head_dim) for packing in packings) / len(packings)
-        patch.notes = {"bits": average_bits(table), "stored_bits": stored}
+    stored = sum(packing.stored_bits(head_dim) for packing in packings) / len(packings)
+    facts = {"bits": average_bits(table), "stored_bits": stored}
+    with patched_kv_cache(subject.model, make_layer, facts=facts) as patch:
         yield patch
 
 

@@ -15,6 +15,7 @@ from repro.report.labels import Labels
 from repro.report.tables import Column, Row, Section, Table
 from repro.statistics import Interval
 
+#: Controls that every table has room for; what else a method has follows.
 CONTROLS = ("random", "oracle")
 
 
@@ -102,6 +103,8 @@ _SUMMARY = (
     Column("length", "length", tables.integer),
     Column("method", "method", numeric=False),
     Column("density", "density", tables.percent),
+    Column("KV read", "kv_read", tables.percent),
+    Column("KV held, MB", "kv_megabytes", tables.points),
     Column("score, %", "score", tables.score),
     Column("minus dense, points", "difference", tables.difference),
     Column("lost / gained", "flips", tables.flips),
@@ -119,12 +122,19 @@ def _summary(group: Group, records: Evidence, labels: Labels) -> Table:
         for variant in labels.order
         if (row := summary_row(group, records, labels, variant, length))
     ]
+    if not any(row.get("density") for row in rows if row["slug"] != evidence.DENSE):
+        rows = [{**row, "density": None} for row in rows]  # of prefill methods alone
     intro = (
         "Mean over tasks with its 95 % interval; differences are paired item by item with dense. "
         "Lost and gained count items whose score fell or rose; *sees* is the smallest difference "
-        "in points that this many items could have shown. Controls keep as many blocks per head "
-        "and query block as the method does; rows with fewer items are compared on those alone."
+        "in points that this many items could have shown. Controls keep as much as the method "
+        "does; rows with fewer items are compared on those alone."
     )
+    if any(row.get("kv_megabytes") for row in rows):
+        intro += (
+            " *KV read* is what decode steps read of the tokens so far, *KV held* the bytes of all "
+            "tensors of the cache after an item, the most of any."
+        )
     columns = _columns(_SUMMARY, rows)
     return Table(f"{group.measurement}_summary", "Mean over tasks", intro, columns, rows)
 
@@ -143,6 +153,9 @@ def summary_row(
         return row
     row["density"] = 1.0 if variant.is_dense else evidence.mean_density(good)
     row["fallback"] = evidence.mean_fallback(good)
+    row["kv_read"] = evidence.mean_observed(good, "decode_density")
+    held = evidence.mean_observed(good, "kv_bytes")
+    row["kv_megabytes"] = None if held is None else held / 1e6
     if variant.control == "random":
         return {**row, **_drawn(good, records)}
     row["score"] = tables.interval(evidence.mean_score(good).scaled(100))
@@ -220,33 +233,43 @@ _SELECTION = (
     Column("length", "length", tables.integer),
     Column("method", "method", numeric=False),
     Column("density", "density", tables.percent),
-    Column("minus random, points", "minus_random", tables.difference),
-    Column("minus oracle, points", "minus_oracle", tables.difference),
 )
+
+
+def _controls(records: Sequence[Record]) -> tuple[str, ...]:
+    """Return the controls of some records, the common ones first, there or not."""
+    found = {evidence.variant_of(record).control for record in records}
+    return (*CONTROLS, *sorted(found - {"none", *CONTROLS}))
 
 
 def _selection(group: Group, records: Evidence, labels: Labels) -> Table:
     rows = []
+    controls = _controls(group.records)
     for length in group.lengths():
         for variant in labels.methods():
             cells = group.at(length, variant)
             good = _good(cells)
             row: Row = {"length": length, "method": labels.name(variant)}
             row["density"] = evidence.mean_density(good)
-            for control in CONTROLS:
+            for control in controls:
                 with_control = [r for r in good if records.controls_of(r, control)]
                 deltas = records.minus_control(with_control, control)
                 if deltas is not None:
                     pooled = statistics.crossed_interval(deltas)
                     row[f"minus_{control}"] = tables.interval(pooled.scaled(100))
-            if "minus_random" in row or "minus_oracle" in row:
+            if any(f"minus_{control}" in row for control in controls):
                 rows.append(row)
     intro = (
-        "The method against choosing the same number of blocks at random (interval over draws and "
-        "items), and by the exact attention mass (oracle), on the same items."
+        "The method against its controls on the same items: as much chosen at random (interval "
+        "over draws and items), by the exact attention mass (oracle), or as the control is named."
     )
-    title = "Is it the choice of blocks?"
-    return Table(f"{group.measurement}_selection", title, intro, _SELECTION, rows)
+    columns = [
+        Column(f"minus {control}, points", f"minus_{control}", tables.difference)
+        for control in controls
+    ]
+    title = "Is it the choice?"
+    name = f"{group.measurement}_selection"
+    return Table(name, title, intro, (*_SELECTION, *columns), rows)
 
 
 # Noise floor
@@ -290,8 +313,6 @@ _BY_TASK = (
     Column("p, Holm", "p_holm", tables.p_value),
     Column("sees", "sees", tables.points),
     Column("density", "density", tables.percent),
-    Column("random, %", "random", tables.score),
-    Column("oracle, %", "oracle", tables.score),
     Column("status", "status", numeric=False),
 )
 
@@ -313,12 +334,16 @@ def _by_task(
     where = f" at {length:,} tokens" if isinstance(length, int) else ""
     title = f"By task: {labels.name(variant)}{where}"
     name = f"{group.measurement}_by_task"
-    return Table(name, title, intro, _columns(_BY_TASK, rows), rows, folded=True)
+    shown = [c for c in _controls(records.records) if any(row.get(c) for row in rows)]
+    controls = [Column(f"{control}, %", control, tables.score) for control in shown]
+    *most, status = _BY_TASK
+    columns = _columns((*most, *controls, status), rows)
+    return Table(name, title, intro, columns, rows, folded=True)
 
 
 def _columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
     """Leave out optional columns that no row fills."""
-    optional = {"random", "oracle", "density", "status", "fallback"}
+    optional = {"density", "status", "fallback", "kv_read", "kv_megabytes"}
     return [c for c in columns if c.key not in optional or any(r.get(c.key) for r in rows)]
 
 
@@ -339,7 +364,7 @@ def _task_row(task: str, cells: Sequence[Record], records: Evidence) -> Row:
     row.update(_compared(pairs))
     if pairs and all(statistics.is_binary(np.concatenate(pair)) for pair in pairs):
         row["p"] = statistics.mcnemar_exact(row["flips"]["lost"], row["flips"]["gained"])
-    for control in CONTROLS:
+    for control in _controls(records.records):
         row[control] = tables.interval(_control_score(good, records, control))
     return row
 

@@ -10,7 +10,7 @@ from repro import evidence
 from repro.evidence import Record, Variant
 from repro.plan import short
 
-CONTROL_NAMES = {"random": "random blocks", "oracle": "oracle"}
+CONTROL_NAMES = {"random": "at random"}
 
 
 class Labels:
