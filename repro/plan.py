@@ -329,7 +329,6 @@ class _Planner:
             config |= {name: own[name] for name in CONTROL_FIELDS if name in own}
         spec = method.calibration_data
         data = {"count": spec.count, "length": spec.length, "seed": spec.seed} if spec else {}
-        config = entry.config
         if method.calibration_fields is not None:
             config = {name: config[name] for name in method.calibration_fields}
         identity = {
