@@ -98,23 +98,36 @@ def patched_attention(
         UnsupportedCombination: If the model cannot switch its attention, or a call needs what the
             mechanism does not define (see the module).
     """
+    bridge = _Bridge(attend, observe_decode)
+    # A name of its own per block: two patched models may run at once. It must not contain the
+    # name of a backend, or transformers checks for that backend.
+    name = f"repro_attention_{next(_numbers)}"
+    with (
+        registered_attention(name, bridge.forward, bridge.make_mask),
+        switched_attention(model, name),
+    ):
+        yield
+
+
+@contextmanager
+def switched_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Have ``model`` take a registered attention inside the block; set back on exit what was set.
+
+    Raises:
+        UnsupportedCombination: If the model cannot switch its attention.
+    """
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
         raise UnsupportedCombination(
             f"attention patch: {type(model).__name__} does not take its attention from "
             "transformers' AttentionInterface"
         )
-    bridge = _Bridge(attend, observe_decode)
-    # A name of its own per block: two patched models may run at once. It must not contain the
-    # name of a backend, or transformers checks for that backend.
-    name = f"repro_attention_{next(_numbers)}"
     before = [(config, config._attn_implementation_internal) for config in _configs(model)]
-    with registered_attention(name, bridge.forward, bridge.make_mask):
-        try:
-            model.set_attn_implementation(name)
-            yield
-        finally:
-            for config, implementation in before:
-                config._attn_implementation_internal = implementation
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
@@ -191,7 +204,7 @@ class _Bridge:
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """Return the attention output ``[B, Tq, H, D]`` of one layer."""
-        _check_supported(module, dropout, options)
+        check_supported(module, dropout, options)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         if query.shape[2] == 1:
             self.observe_decode()
@@ -369,8 +382,8 @@ _UNDEFINED = {
 }
 
 
-def _check_supported(module: torch.nn.Module, dropout: float, options: dict[str, Any]) -> None:
-    """Raise UnsupportedCombination if the call wants what the mechanism does not define."""
+def check_supported(module: torch.nn.Module, dropout: float, options: dict[str, Any]) -> None:
+    """Raise UnsupportedCombination if an attention call wants what no method defines."""
     wants = [text for name, text in _UNDEFINED.items() if _is_set(options.get(name))]
     if dropout:
         wants.append("dropout")
@@ -381,8 +394,8 @@ def _check_supported(module: torch.nn.Module, dropout: float, options: dict[str,
         wants.append("attention that is not causal (an encoder or cross-attention)")
     if wants:
         raise UnsupportedCombination(
-            f"attention patch: {type(module).__name__} wants {' and '.join(wants)}, which sparse "
-            "attention methods do not define here"
+            f"attention patch: {type(module).__name__} wants {' and '.join(wants)}, which "
+            "methods do not define here"
         )
 
 
