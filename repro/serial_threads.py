@@ -12,36 +12,32 @@ from typing import TypeVar
 import torch
 
 Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
-def run(call: Callable[[Task], None], tasks: Sequence[Task]) -> None:
-    """Call ``call`` on every task, on as many threads as torch uses; large tasks belong first.
+def run(call: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+    """Return what ``call`` returns for every task, in order; as many threads as torch uses.
 
     Runs without gradients and in the caller's inference mode. The first exception is raised here.
     """
     threads = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
 
-    def quietly(task: Task) -> None:
+    def quietly(task: Task) -> Result:
         # Both modes belong to a thread.
         with torch.inference_mode(inference), torch.no_grad():
-            call(task)
+            return call(task)
 
     if threads == 1 or len(tasks) < 2:
-        for task in tasks:
-            quietly(task)
-        return
-    for _ in workers(threads).map(quietly, tasks):
-        pass
+        return [quietly(task) for task in tasks]
+    return list(workers(threads).map(quietly, tasks))
 
 
 @functools.cache
 def workers(count: int) -> ThreadPoolExecutor:
     """Return ``count`` threads whose torch operations are serial."""
     started = threading.Barrier(count + 1)
-    pool = ThreadPoolExecutor(
-        count, "serial_torch", initializer=torch.set_num_threads, initargs=(1,)
-    )
+    pool = ThreadPoolExecutor(count, "serial_torch", initializer=_be_serial)
     # Each task waits for all others, so that every thread starts now.
     for _ in range(count):
         pool.submit(started.wait)
@@ -49,6 +45,12 @@ def workers(count: int) -> ThreadPoolExecutor:
     # The number is a thread's own but also the default of later threads: set that back.
     torch.set_num_threads(count)
     return pool
+
+
+def _be_serial() -> None:
+    torch.set_num_threads(1)
+    # A thread takes over the default at its first look, which must not come after the set-back.
+    torch.get_num_threads()
 
 
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork; Windows has none

@@ -201,9 +201,7 @@ def _check_numbers(
             f"got {least} to {most}"
         )
     if selected is not None and selected.numel() and int(selected.min()) < -1:
-        raise ValueError(
-            f"{_NAME}: selected must be -1 or more, got {int(selected.min())}"
-        )
+        raise ValueError(f"{_NAME}: selected must be -1 or more, got {int(selected.min())}")
     used = torch.arange(page_table.shape[1]) * k.page_size < lengths[:, None]
     wrong = page_table[used & ((page_table < 0) | (page_table >= k.n_pages))]
     if len(wrong):

@@ -19,8 +19,9 @@ from repro.kernels.paged_attention.pages import Format, Pages
 
 def cases() -> list[CompileCase]:
     """Return mixes of bits and axes for D = 64 and 128, with and without ``selected``, and merging."""
-    by_channel, by_token = {"axis": "channel", "group_size": 32}, {"group_size": 32}
     plain = Format()
+    channel_4, channel_2 = (Format(bits=n, axis="channel", group_size=32) for n in (4, 2))
+    token_4, token_2 = (Format(bits=n, axis="token", group_size=32) for n in (4, 2))
     return [
         *(
             CompileCase(
@@ -35,10 +36,10 @@ def cases() -> list[CompileCase]:
         decode_case(plain, plain, 128, selected=False),
         decode_case(plain, plain, 64, selected=True),
         decode_case(Format(bits=8), Format(bits=8), 128, selected=True),
-        decode_case(Format(bits=4, **by_channel), Format(bits=4, **by_token), 128, selected=True),
-        decode_case(Format(bits=4, **by_token), Format(bits=2, **by_channel), 64, selected=False),
-        decode_case(Format(bits=2, **by_channel), plain, 128, selected=False),
-        decode_case(plain, Format(bits=2, **by_token), 128, selected=False, dtype=torch.float16),
+        decode_case(channel_4, token_4, 128, selected=True),
+        decode_case(token_4, channel_2, 64, selected=False),
+        decode_case(channel_2, plain, 128, selected=False),
+        decode_case(plain, token_2, 128, selected=False, dtype=torch.float16),
     ]
 
 

@@ -2,8 +2,8 @@
 
 Decode reads every key and value once, so the bytes read bound the time. A chunk's pages are copied
 out of the pool (``index_select`` of rows of memory, at memory bandwidth) and then met in cache:
-widened or dequantised, multiplied by the query heads of their KV head, merged by log-sum-exp.
-Chunks run side by side in threads that are serial inside.
+dequantised if they are packed, given to torch's flash kernel with the query heads of their KV head
+as its queries, merged by log-sum-exp. Chunks run side by side in threads that are serial inside.
 
 Packed codes are unpacked field by field, the lowest bits of all bytes first: a contiguous pass
 instead of an interleaving one. That leaves the channels in another order, which the queries (for K)
@@ -22,10 +22,12 @@ from repro import serial_threads
 from repro.kernels.paged_attention.merge import merge_stacked
 from repro.kernels.paged_attention.pages import Pages
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
 #: Most tokens of one sequence and KV head in a chunk ...
 _CHUNK_TOKENS = 2048
-#: ... and of all that one call attends to: with D = 128 their keys are 8 MiB in fp32.
-_CALL_TOKENS = 2048
+#: ... and of all that one call attends to.
+_CALL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,36 +59,42 @@ def paged_attention_cpu(
     n_seq, heads, dim = q.shape
     n_rep = heads // k.kv_heads
     groups = _groups(k, page_table, lengths, selected)
-    count = 1 + max((int(group.parts.max()) for group in groups), default=0)
+    dtype = _compute_dtype(q, k, v)
+    queries = _by_field(q.reshape(-1, 1, n_rep, dim).to(dtype), k)
+
+    def attend(group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (_take(pages, group).to(dtype)[:, None] for pages in (k, v))
+        return _flash(queries[group.rows], keys, values, scale=scale)
+
+    found = serial_threads.run(attend, groups)
+    if not groups:
+        return torch.zeros_like(q), torch.full((n_seq, heads), -torch.inf)
+    place = tuple(
+        torch.cat([getattr(group, name) for group in groups]) for name in ("parts", "rows")
+    )
+    count = int(place[0].max()) + 1
     outs = torch.zeros(count, n_seq * k.kv_heads, n_rep, dim)
-    lses = torch.full((count, n_seq * k.kv_heads, n_rep), -torch.inf)
-    queries = _by_field(q.reshape(-1, n_rep, dim).float() * scale, k)
-    narrow = q.dtype == v.data.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-
-    def attend(group: _Group) -> None:
-        place = (group.parts, group.rows)
-        keys = _take(k, group).float()  # [g, tokens, D]
-        weights = torch.bmm(queries[group.rows], keys.transpose(1, 2))  # [g, n_rep, tokens]
-        peak = weights.amax(-1, keepdim=True)
-        total = weights.sub_(peak).exp_().sum(-1, keepdim=True)
-        lses[place] = (peak + total.log())[..., 0]
-        values = _take(v, group)
-        if narrow:
-            out = torch.bmm(weights.bfloat16(), values)
-        else:
-            out = torch.bmm(weights, values.float())
-        outs[place] = out / total
-
-    serial_threads.run(attend, groups)
+    lses = torch.full(outs.shape[:3], -torch.inf)
+    outs[place] = torch.cat([out for out, _ in found])[:, 0].float()
+    lses[place] = torch.cat([lse for _, lse in found])[:, 0]
     out, lse = merge_stacked(outs, lses)
     return _by_channel(out, v).to(q.dtype).view(q.shape), lse.view(n_seq, heads)
+
+
+def _compute_dtype(q: torch.Tensor, k: Pages, v: Pages) -> torch.dtype:
+    """Return the dtype of the products' operands: fp32 for what was packed; sums are fp32 anyway."""
+    dtype = q.dtype
+    for pages in (k, v):
+        stored = torch.float32 if pages.format.quantized else pages.data.dtype
+        dtype = torch.promote_types(dtype, stored)
+    return dtype
 
 
 def _groups(
     k: Pages, page_table: torch.Tensor, lengths: torch.Tensor, selected: torch.Tensor | None
 ) -> list[_Group]:
     """Cut what each sequence and KV head attends to into chunks, and group equal ones."""
-    n_seq, width = page_table.shape
+    width = page_table.shape[1]
     used = ((lengths + k.page_size - 1) // k.page_size)[:, None]  # [n_seq, 1]
     unused = used * k.page_size - lengths[:, None]
     if selected is None:

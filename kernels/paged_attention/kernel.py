@@ -22,6 +22,13 @@ NUM_WARPS, NUM_STAGES = 4, 2
 
 
 @triton.jit
+def _spread(x, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Repeat each of ``[TILE, groups]`` over the channels of its group."""
+    wide = tl.broadcast_to(x[:, :, None], [x.shape[0], x.shape[1], GROUP])
+    return tl.reshape(wide, [x.shape[0], BLOCK_D])
+
+
+@triton.jit
 def _load(
     data_ptr,  # of the KV head
     scale_ptr,
@@ -59,13 +66,24 @@ def _load(
                 tl.interleave(codes & 3, (codes >> 4) & 3),
                 tl.interleave((codes >> 2) & 3, codes >> 6),
             )
-        # [TILE, BLOCK_D]: neighbours share a group, so that most of these come from cache.
-        if BY_TOKEN:
+        SPREAD: tl.constexpr = BY_TOKEN and GROUP & (GROUP - 1) == 0 and GROUP <= BLOCK_D
+        if SPREAD:
+            # [TILE, groups]: one load a group, then spread over its channels.
+            number = tl.arange(0, BLOCK_D // GROUP)
+            held = valid[:, None] & (number < head_dim // GROUP)[None, :]
+            group = (page * stride_gp + within * stride_gt)[:, None] + number[None, :]
+        elif BY_TOKEN:
+            held = present
             group = (page * stride_gp + within * stride_gt)[:, None] + (dim // GROUP)[None, :]
         else:
+            # [TILE, BLOCK_D]: the tokens of a group load the same from cache.
+            held = present
             group = (page * stride_gp + within // GROUP * stride_gt)[:, None] + dim[None, :]
-        scale = tl.load(scale_ptr + group, present, other=0.0).to(tl.float32)
-        minimum = tl.load(minimum_ptr + group, present, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + group, held, other=0.0).to(tl.float32)
+        minimum = tl.load(minimum_ptr + group, held, other=0.0).to(tl.float32)
+        if SPREAD:
+            scale = _spread(scale, GROUP, BLOCK_D)
+            minimum = _spread(minimum, GROUP, BLOCK_D)
         values = codes.to(tl.float32) * scale + minimum
     return values.to(DTYPE)
 

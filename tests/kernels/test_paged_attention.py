@@ -143,10 +143,10 @@ def faults(x: Inputs, found) -> list[str]:
     """Return what is wrong, or nothing: the error (2-norm) against the fp64 definition must be at
     most twice that of eager code in the dtype."""
     out, lse = found
-    exact, exact_lse = x.attend(paged_attention_reference, compute_dtype=torch.float64)
-    exact = replace_q(x, torch.float64).attend(
+    # A query in fp64 keeps the output in fp64.
+    exact, exact_lse = replace_q(x, torch.float64).attend(
         paged_attention_reference, compute_dtype=torch.float64
-    )[0]
+    )
     wrong = [] if out.dtype == x.q.dtype and lse.dtype == torch.float32 else ["dtype"]
     rough, rough_lse = eager(x)
     # One rounding is always allowed: eager code can be exact by luck.
@@ -383,7 +383,7 @@ def test_bench_compares_with_the_definition(share):
     calls = bench.implementations(case, torch.device("cpu"))
     error = (calls["paged_attention"](inputs).float() - bench.SUITE.reference(case, inputs)).abs()
     assert error.max() <= bench.SUITE.compare(case, "paged_attention")
-    assert set(calls) == {"sdpa", "paged_attention"} | ({"paged_attention_all"} - {share == 1.0})
+    assert ("paged_attention_all" in calls) == (share < 1)
 
 
 GOOD = make_inputs(Shape(lengths=(20, 9), dim=16))
@@ -421,8 +421,8 @@ BAD_ARGUMENTS = {
 def test_bad_argument_is_named(message):
     names = ("q", "k", "v", "page_table", "lengths")
     arguments = {name: getattr(GOOD, name) for name in names} | BAD_ARGUMENTS[message]
-    with pytest.raises(TypeError if "int32" in message or "float16" in message or
-                       "uint8" in message else ValueError) as caught:  # fmt: skip
+    of_types = any(name in message for name in ("int32", "float16", "uint8"))
+    with pytest.raises(TypeError if of_types else ValueError) as caught:
         paged_attention(**arguments)
     assert str(caught.value).startswith("paged_attention: ")
     assert message in str(caught.value)
