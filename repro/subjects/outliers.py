@@ -1,10 +1,11 @@
 """``outliers:<subject>``: a subject whose keys have outlier channels, computing the same function.
 
-In every layer and KV head some rotary pairs of key channels are multiplied by ``FACTOR`` and the
+In every KV head of every second layer some rotary pairs of key channels are multiplied by ``FACTOR`` and the
 same channels of the queries of that head by its inverse. A pair is turned as a whole by the rotary
 embedding, so the factor passes through it, and every score ``q k`` is what it was: only rounding
 differs. What differs much is how a quantiser sees the keys: a few channels hold most of the range,
-as in large language models, which no small model grows by itself.
+as in large language models, which no small model grows by itself. That not every layer has them
+makes layers differ, which is what methods with a choice by layer live on.
 
 The factor is a power of two, so that weights in bfloat16 are scaled without rounding.
 """
@@ -20,6 +21,7 @@ from repro.errors import UnsupportedCombination
 from repro.subjects import Subject, SubjectInfo
 
 FACTOR = 16.0  # of outlier channels of keys
+PERIOD = 2  # one layer in so many has outliers, the last of each period
 PAIRS = 2  # rotary pairs of each KV head
 SEED = 0  # of the choice of pairs
 
@@ -38,7 +40,7 @@ def describe(rest: str) -> SubjectInfo:
         raise UnsupportedCombination(
             f"outliers:{rest}: the subject inside must be of kind llm, got {inner.kind}"
         )
-    settings = f"{inner.revision}/{FACTOR}/{PAIRS}/{SEED}"
+    settings = f"{inner.revision}/{FACTOR}/{PERIOD}/{PAIRS}/{SEED}"
     revision = f"outliers-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     return replace(inner, name=f"outliers:{rest}", revision=revision)
 
@@ -52,7 +54,12 @@ def load(rest: str, *, device: str = "auto", dtype: str = "auto") -> Subject:
 
 
 def add_outliers(
-    model: Any, *, factor: float = FACTOR, pairs: int = PAIRS, seed: int = SEED
+    model: Any,
+    *,
+    factor: float = FACTOR,
+    period: int = PERIOD,
+    pairs: int = PAIRS,
+    seed: int = SEED,
 ) -> None:
     """Scale rotary pairs of key channels up and those of the queries down, in place.
 
@@ -64,7 +71,7 @@ def add_outliers(
 
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
-    for layer in model.get_decoder().layers:
+    for layer in model.get_decoder().layers[period - 1 :: period]:
         attention: Any = getattr(layer, "self_attn", None)
         plain = attention is not None and hasattr(attention, "q_proj")
         if not plain or getattr(attention, "q_norm", None) is not None:
