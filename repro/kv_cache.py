@@ -136,8 +136,10 @@ class KVPatch(Patch):
     def __init__(
         self, model: PreTrainedModel, make_layer: MakeLayer, facts: Mapping[str, Any]
     ) -> None:
+        config = model.config.get_text_config()
+        self.heads: int = config.num_attention_heads
         self._facts = dict(facts)
-        self._layers = model.config.get_text_config().num_hidden_layers
+        self._layers = config.num_hidden_layers
         self._make_layer = make_layer
         self._cache: KVCache | None = None
 
@@ -199,17 +201,16 @@ class KVCache(Cache):
         """Return the method's layers that have got tokens."""
         return [layer.held for layer in self.layers if layer.held is not None]
 
-    def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor, *, heads: int) -> None:
+    def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store ``[B, H_kv, T, D]`` in one layer as if prefilled, without attending.
 
         Args:
             layer: Its index.
             k: Keys, rotated.
             v: Values.
-            heads: Query heads of the model.
         """
         entry = self.layers[layer]
-        entry.take(k, heads)
+        entry.take(k, self._patch.heads)
         for sequence in range(k.shape[0]):
             rows = slice(sequence, sequence + 1)
             entry.held.fill(sequence, k[rows], v[rows])

@@ -301,7 +301,9 @@ class _Reader:
             built = self._build(measurement.options, options, {}, place)
             if built is None:
                 continue
-            cells = tuple(jsonable(cell) for cell in measurement.expand(built))
+            cells = self._expanded(measurement, built, place)
+            if cells is None:
+                continue
             for cell in cells:
                 key = canonical_json([name, cell])
                 if key in places:
@@ -335,11 +337,25 @@ class _Reader:
                 place = (*at, index, slug, "only", measurement.name)
                 places = {name: (*place, name) for name in changes}
                 built = self._build(measurement.options, {**options, **changes}, places, place)
-                if built is not None:
-                    cells = tuple(jsonable(cell) for cell in measurement.expand(built))
+                cells = None if built is None else self._expanded(measurement, built, place)
+                if cells is not None:
                     self._check_lengths(measurement, cells, names, place)
                     found[index] = cells
         return found
+
+    def _expanded(
+        self, measurement: Measurement, options: Any, at: Location
+    ) -> tuple[dict[str, Any], ...] | None:
+        """Return the cells of a measurement, or None after noting what is wrong with its data."""
+        try:
+            return tuple(jsonable(cell) for cell in measurement.expand(options))
+        except BadInput as error:
+            for fault in error.faults:
+                if fault.where == measurement.name:
+                    self._fault((*at, fault.what), fault.rule, fault.got, fault.remedy)
+                else:  # in a file of its own, which the fault names
+                    self.faults.append(fault)
+            return None
 
     def _part(self, at: Location) -> Any:
         part = self.file.data

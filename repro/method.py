@@ -20,7 +20,9 @@ class Patch:
     computed / computable blocks in [0, 1]), ``density_per_layer`` (list), ``density_per_head``
     (list of lists, layer by query head), ``fallback_share`` (share of attention calls, the decode
     steps that the method leaves dense by definition not counted, that ran dense), ``dense_calls``,
-    ``sparse_calls``, ``selection_seconds``, ``kv_bytes``, ``weight_bytes``.
+    ``sparse_calls``, ``selection_seconds``, ``kv_bytes`` (of all tensors that the method's cache
+    holds now, tables and buffers included), ``kv_tokens`` (that it holds of a sequence now, mean
+    over layers and KV heads), ``weight_bytes``.
     """
 
     #: Name of a vLLM attention backend, where the method has one.
@@ -34,7 +36,12 @@ class Patch:
         """Forget the state of the last sample and the observations."""
 
     def make_cache(self) -> Any | None:
-        """Return the ``Cache`` that ``generate`` is to use, or None for the model's own."""
+        """Return the ``Cache`` that ``generate`` is to use, or None for the model's own.
+
+        Each call gives a fresh one, which ``stats`` then counts. It may offer ``fill(layer_index,
+        k, v)``, which stores k, v ``[B, H_kv, T, D]`` of an empty layer as a prefill would: the
+        measurement ``kv_cache`` finds the longest context with it.
+        """
         return None
 
     def wrap_optimizer(self, optimizer: Any) -> Any:

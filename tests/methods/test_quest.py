@@ -60,7 +60,7 @@ def test_a_needle_and_the_page_in_progress_are_read(subject):
         cache = patch.make_cache()
         k = 0.1 * torch.randn(1, 2, 40, 32, generator=torch.Generator().manual_seed(0))
         k[0, :, 22] = 5.0
-        cache.fill(0, k, torch.zeros_like(k), heads=4)
+        cache.fill(0, k, torch.zeros_like(k))
         layer = cache.held()[0]
         selected = layer._selected(torch.ones(1, 4, 1, 32), torch.tensor([9]))
     assert selected.shape == (1, 2, 3)

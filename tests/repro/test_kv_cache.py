@@ -141,7 +141,7 @@ def test_a_filled_cache_decodes_like_a_prefilled_one(subject):
         subject.model(ids, past_key_values=prefilled)
         filled = patch.make_cache()
         for index, layer in enumerate(prefilled.held()):
-            filled.fill(index, *layer.pairs[0], heads=4)
+            filled.fill(index, *layer.pairs[0])
         found, expected = (
             subject.model(ids[:, :1], past_key_values=cache).logits for cache in (filled, prefilled)
         )

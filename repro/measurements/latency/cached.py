@@ -60,7 +60,7 @@ def cached_attention(context: CellContext, pool: Sequence[OperatorInputs], sourc
                     raise UnsupportedCombination(
                         f"latency: {type(filled[arm]).__name__} cannot be filled without a prefill"
                     )
-                filled[arm].fill(item.layer, k, v, heads=item.q.shape[1])
+                filled[arm].fill(item.layer, k, v)
         return copy.deepcopy(filled[arm])
 
     def call(patch: Patch, item: OperatorInputs, cache: Any) -> torch.Tensor:
