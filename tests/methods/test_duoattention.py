@@ -266,6 +266,8 @@ def test_filled_cache_equals_prefilled():
         layer.end_prefill()
     new = part_of(tensors, 50, 51)
     assert torch.equal(filled.decode(new), prefilled.decode(new))
+    filled.fill(0, *(x[:, :, 51:60] for x in tensors[1:]))  # after the prompt: nothing is open
+    assert {x.shape[2] for x in filled.streaming.tensors()} == {WINDOW}
 
 
 def test_ragged_batch_decodes_as_singles():
