@@ -125,6 +125,7 @@ class _Streaming:
         self.window = SinkWindow(shape, sink_size=config.sink_size, recent_size=config.recent_size)
         self._n_rep = shape.heads // shape.kv_heads
         self._open: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by sequence
+        self._whole = False  # whether the prompt is
         self._table = torch.arange(shape.batch, dtype=torch.int32, device=shape.device)[:, None]
 
     def prefill(self, sequence: int, new: NewTokens, steps: int) -> torch.Tensor:
@@ -146,6 +147,9 @@ class _Streaming:
         return torch.cat(parts, dim=2)
 
     def fill(self, sequence: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        if self._whole:
+            self.window.append(sequence, k, v)
+            return
         begin = 0
         while begin < k.shape[2]:
             stop = min(begin + self._room(sequence), k.shape[2])
@@ -153,6 +157,7 @@ class _Streaming:
             begin = stop
 
     def end_prefill(self) -> None:
+        self._whole = True
         for sequence in list(self._open):
             self._close(sequence)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from repro import claims, manifest
+from repro import claims, manifest, report, runner
 from repro.errors import BadInput, MissingResource, UnsupportedCombination
 from repro.kv_cache import LayerShape, NewTokens
 from repro.kv_testing import LAWS, check_equals_dense, prompts, stepped
@@ -266,6 +266,8 @@ def test_filled_cache_equals_prefilled():
         layer.end_prefill()
     new = part_of(tensors, 50, 51)
     assert torch.equal(filled.decode(new), prefilled.decode(new))
+    filled.fill(0, *(x[:, :, 51:60] for x in tensors[1:]))  # after the prompt: nothing is open
+    assert {x.shape[2] for x in filled.streaming.tensors()} == {WINDOW}
 
 
 def test_ragged_batch_decodes_as_singles():
@@ -755,3 +757,32 @@ def test_claims_speak_of_configurations_that_run():
             DuoAttentionConfig(
                 **{n: v for n, v in claim.query.config.items() if not isinstance(v, tuple)}
             )
+
+
+def test_a_run_trains_once_for_the_method_and_its_control(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "paper: duoattention\n"
+        "profiles:\n"
+        "  small:\n"
+        "    subjects: [zoo:retriever]\n"
+        "    methods:\n"
+        "      - duoattention: &trained\n"
+        "          {sparsity: 0.5, chunk_size: 128, steps: 2, shortest: 512, longest: 512}\n"
+        "      - duoattention: {<<: *trained, control: inverted}\n"
+        "      - duoattention: {<<: *trained, control: random}\n"
+        "    measurements:\n"
+        "      - ruler: {tasks: [niah_single_1], lengths: [512], samples: 2, batch_size: 2}\n"
+    )
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    outcome = runner.run(
+        path, profile="small", runs=runs, executor="inline", device="cpu", quiet=True
+    )
+    assert outcome.counts == {"ok": 4}
+    assert len(list((runs / "artifacts" / "keys").iterdir())) == 1
+    ours = [r["patch"] for r in outcome.records if r["cell"]["method"]["slug"] == "duoattention"]
+    assert [sum(patch["retrieval_heads"]) for patch in ours] == [6, 6, 6]
+    assert all(0 < patch["decode_density"] < 1 for patch in ours)
+    report.write(["duoattention"], runs=runs, results=results)
+    page = (results / "duoattention" / "small.md").read_text()
+    assert "Gates: 1 is a retrieval head" in page
