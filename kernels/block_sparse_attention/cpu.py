@@ -16,15 +16,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from repro import serial_threads
 from repro.kernels.block_sparse_attention.layout import Layout
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -86,7 +84,8 @@ def forward(
         _merge(out, lse, part, o, part_lse)
 
     for parts in _phases(q, k, layout, join=by_products):
-        _run(attend, parts)
+        # The largest first.
+        serial_threads.run(attend, sorted(parts, key=lambda part: -part.blocks.numel()))
     return _tokens(out, q), lse.view(*q.shape[:2], -1)[..., : q.shape[2]].contiguous()
 
 
@@ -262,45 +261,6 @@ def _merge(
         merged = torch.lerp(earlier, o.float(), share).to(out.dtype)
     out.index_copy_(0, part.rows, merged)
     lse.index_copy_(0, part.rows, torch.logaddexp(before, part_lse))
-
-
-def _run(attend: Callable[[_Part], None], parts: list[_Part]) -> None:
-    """Call ``attend`` on parts of disjoint rows, the largest first, on as many threads as torch."""
-    threads = torch.get_num_threads()
-    parts = sorted(parts, key=lambda part: -part.blocks.numel())
-    if threads == 1 or len(parts) == 1:
-        for part in parts:
-            attend(part)
-        return
-    inference = torch.is_inference_mode_enabled()
-
-    def task(part: _Part) -> None:
-        # Both modes belong to a thread.
-        with torch.inference_mode(inference), torch.no_grad():
-            attend(part)
-
-    for _ in _workers(threads).map(task, parts):
-        pass
-
-
-@functools.cache
-def _workers(count: int) -> ThreadPoolExecutor:
-    """Return ``count`` threads whose torch operations are serial."""
-    started = threading.Barrier(count + 1)
-    pool = ThreadPoolExecutor(
-        count, "block_sparse_attention", initializer=torch.set_num_threads, initargs=(1,)
-    )
-    # Each task waits for all others, so that every thread starts now.
-    for _ in range(count):
-        pool.submit(started.wait)
-    started.wait()
-    # The number is a thread's own but also the default of later threads: set that back.
-    torch.set_num_threads(count)
-    return pool
-
-
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork; Windows has none
-    os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
 def _phases(

@@ -79,10 +79,10 @@ def test_a_record_like_any_other(subject):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_both_dense_ways_are_dense_attention(subject, batch, monkeypatch):
+def test_all_dense_ways_are_dense_attention(subject, batch, monkeypatch):
     outs = []
-    for place in range(2):
-        monkeypatch.setattr(cached, "_faster", lambda calls, *_, place=place: calls[place])
+    for place in range(3):
+        monkeypatch.setattr(cached, "_fastest", lambda calls, *_, place=place: calls[place])
         with torch.inference_mode():
             made = work.make_work(context(subject, batch=batch))
             item = made.pool[0]
