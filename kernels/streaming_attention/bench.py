@@ -70,7 +70,7 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     return Inputs(q, k, v)
 
 
-def _sizes(case: Case) -> dict[str, int]:
+def _sizes(case: Case) -> dict[str, Any]:
     return {name: case.params[name] for name in ("sink_size", "window_size")}
 
 

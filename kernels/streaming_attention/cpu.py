@@ -3,14 +3,17 @@
 The first ``sink_size + window_size`` tokens see everything before them: dense causal attention.
 Every later block of queries sees the sinks and the same band of the keys before it. Its keys are
 copied together, so that one call of torch's flash kernel with one mask serves many blocks: that
-mask costs next to nothing, and there is nothing to merge.
+mask costs next to nothing, and there is nothing to merge. The calls run side by side in worker
+threads, each of them serial inside, so that a busy core delays its own call alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+
+from repro.kernels.block_sparse_attention.cpu import _workers
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -42,13 +45,14 @@ def forward(
         out[:, :, :dense], lse[:, :, :dense] = _causal(
             grouped[:, :, :dense], keys[:, :end], values[:, :end], scale
         )
-    copied = (sink_size + window_size) * dim * q.element_size() * len(keys)
-    for start, count, size in _parts(dense, tokens, window_size, copied):
-        part = slice(start, start + count * size)
+
+    def attend(part: tuple[int, int, int]) -> None:
+        start, count, size = part
+        rows = slice(start, start + count * size)
         first = offset + start - window_size + 1
         around = slice(first, first + window_size - 1 + count * size)
         part_k, part_v = (_beside(x, sink_size, x[:, around], count, size) for x in (keys, values))
-        queries = grouped[:, :, part].unflatten(2, (count, size)).transpose(1, 2)
+        queries = grouped[:, :, rows].unflatten(2, (count, size)).transpose(1, 2)
         found = _flash(
             queries.flatten(0, 1),
             part_k.expand(-1, queries.shape[2], -1, -1),
@@ -58,7 +62,10 @@ def forward(
         )
         for target, x in zip((out, lse), found[:2], strict=True):
             x = x.unflatten(0, (-1, count)).transpose(1, 2)
-            target[:, :, part].unflatten(2, (count, size)).copy_(x)
+            target[:, :, rows].unflatten(2, (count, size)).copy_(x)
+
+    copied = (sink_size + window_size) * dim * q.element_size() * len(keys)
+    _run(attend, list(_parts(dense, tokens, window_size, copied)))
     return out.view(q.shape), lse.view(q.shape[:3])
 
 
@@ -69,12 +76,32 @@ def _parts(start: int, end: int, window_size: int, copied: int) -> Iterator[tupl
     """
     least, most = _BLOCKS
     size = min(most, max(least, window_size // 4))
-    at_once = max(1, _COPY_BYTES // copied)
+    # Several parts a thread balance the threads.
+    share = (end - start) // size // (4 * torch.get_num_threads())
+    at_once = max(1, min(_COPY_BYTES // copied, share))
     while start < end:
         count = min(at_once, (end - start) // size)
         part = (start, count, size) if count else (start, 1, end - start)
         yield part
         start += part[1] * part[2]
+
+
+def _run(attend: Callable[[tuple[int, int, int]], None], parts: list[tuple[int, int, int]]) -> None:
+    """Call ``attend`` on parts of disjoint rows on as many threads as torch has."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) == 1:
+        for part in parts:
+            attend(part)
+        return
+    inference = torch.is_inference_mode_enabled()
+
+    def task(part: tuple[int, int, int]) -> None:
+        # Both modes belong to a thread.
+        with torch.inference_mode(inference), torch.no_grad():
+            attend(part)
+
+    for _ in _workers(threads).map(task, parts):
+        pass
 
 
 def _beside(
