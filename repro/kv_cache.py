@@ -191,15 +191,15 @@ class KVCache(Cache):
     """The ``Cache`` that a patched model is run with."""
 
     def __init__(self, patch: KVPatch, layers: list[_Layer]) -> None:
-        super().__init__(layers=layers)
-        self._patch = patch
+        super().__init__(layers=[*layers])
+        self._patch, self._taken = patch, layers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        return self._patch.now_at(KVCache(self._patch, copy.deepcopy(self.layers, memo)))
+        return self._patch.now_at(KVCache(self._patch, copy.deepcopy(self._taken, memo)))
 
     def held(self) -> list[LayerCache]:
         """Return the method's layers that have got tokens."""
-        return [layer.held for layer in self.layers if layer.held is not None]
+        return [layer.held for layer in self._taken if layer.held is not None]
 
     def fill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store ``[B, H_kv, T, D]`` in one layer as if prefilled, without attending.
@@ -209,7 +209,7 @@ class KVCache(Cache):
             k: Keys, rotated.
             v: Values.
         """
-        entry = self.layers[layer]
+        entry = self._taken[layer]
         entry.take(k, self._patch.heads)
         for sequence in range(k.shape[0]):
             rows = slice(sequence, sequence + 1)

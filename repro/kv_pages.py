@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class PagedStore:
         self.k, self.v = (self._allocate(0, form) for form in (k_format, v_format))
         self._used = 0  # pages of the pool
         self._pages: list[list[int]] = [[] for _ in range(shape.batch)]
-        whole = {"dtype": torch.int32, "device": shape.device}
+        whole: dict[str, Any] = {"dtype": torch.int32, "device": shape.device}
         self._table = torch.full((shape.batch, 0), -1, **whole)
         self._k_held, self._v_held = (torch.zeros(shape.batch, **whole) for _ in range(2))
 

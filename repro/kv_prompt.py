@@ -50,7 +50,7 @@ class PromptLayer(LayerCache):
             self.keep(sequence, k, v)
         self._prompts = []
 
-    def count(self, read: float, seen: int) -> None:
+    def count(self, read: int, seen: int) -> None:
         """Add one decode step: tokens read and seen, summed over sequences and KV heads."""
         self._read += read
         self._seen += seen

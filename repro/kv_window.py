@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class SinkWindow:
     def __init__(self, shape: LayerShape, *, sink_size: int, recent_size: int) -> None:
         self.shape, self.sink_size, self.recent_size = shape, sink_size, recent_size
         slots = (shape.batch, shape.kv_heads, sink_size + recent_size, shape.head_dim)
-        values = {"dtype": shape.dtype, "device": shape.device}
+        values: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
         self.k, self.v = (torch.zeros(slots, **values) for _ in range(2))
         self.lengths = [0] * shape.batch  # tokens seen
 

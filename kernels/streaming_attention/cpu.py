@@ -9,11 +9,11 @@ threads, each of them serial inside, so that a busy core delays its own call alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from repro.kernels.block_sparse_attention.cpu import _workers
+from repro import serial_threads
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -65,7 +65,7 @@ def forward(
             target[:, :, rows].unflatten(2, (count, size)).copy_(x)
 
     copied = (sink_size + window_size) * dim * q.element_size() * len(keys)
-    _run(attend, list(_parts(dense, tokens, window_size, copied)))
+    serial_threads.run(attend, list(_parts(dense, tokens, window_size, copied)))
     return out.view(q.shape), lse.view(q.shape[:3])
 
 
@@ -84,24 +84,6 @@ def _parts(start: int, end: int, window_size: int, copied: int) -> Iterator[tupl
         part = (start, count, size) if count else (start, 1, end - start)
         yield part
         start += part[1] * part[2]
-
-
-def _run(attend: Callable[[tuple[int, int, int]], None], parts: list[tuple[int, int, int]]) -> None:
-    """Call ``attend`` on parts of disjoint rows on as many threads as torch has."""
-    threads = torch.get_num_threads()
-    if threads == 1 or len(parts) == 1:
-        for part in parts:
-            attend(part)
-        return
-    inference = torch.is_inference_mode_enabled()
-
-    def task(part: tuple[int, int, int]) -> None:
-        # Both modes belong to a thread.
-        with torch.inference_mode(inference), torch.no_grad():
-            attend(part)
-
-    for _ in _workers(threads).map(task, parts):
-        pass
 
 
 def _beside(

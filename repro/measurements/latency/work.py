@@ -173,15 +173,15 @@ def _attention(context: CellContext) -> Work:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     subject, options = context.subject, context.options
-    kind = "attention" if context.method is None else context.method.kind
-    if kind == "kv_cache":
+    method = context.method
+    if method is not None and method.kind == "kv_cache":
         from repro.measurements.latency.cached import cached_attention
 
         return cached_attention(context, *_operator_pool(context))
-    if kind != "attention":
+    if method is not None and method.kind != "attention":
         raise UnsupportedCombination(
             "latency: the attention phase is for attention and KV-cache methods; "
-            f"{context.method.slug} is of kind {kind}"
+            f"{method.slug} is of kind {method.kind}"
         )
     pool, source = _operator_pool(context)
     modules = {
