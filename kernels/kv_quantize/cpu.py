@@ -1,15 +1,20 @@
-"""CPU fast path: quantisation in place piece by piece, whole pages written at once."""
+"""CPU fast path: quantisation in place piece by piece, whole pages written at once.
+
+Pieces run side by side in worker threads, each of them serial inside: no barrier ends an operation.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
+from repro.kernels.block_sparse_attention.cpu import _workers
 from repro.kernels.paged_attention.pages import Format, Pages, pack
 
-#: Values quantised at once: an fp32 copy of them stays in cache, and threads have enough to do.
-_PIECE = 1 << 18
+#: Values quantised at once: an fp32 copy of them stays in cache.
+_PIECE = 1 << 17
 
 
 def quantize(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,22 +35,27 @@ def quantize(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tenso
     shape = [1 if i == along else extent for i, extent in enumerate(groups.shape)]
     outputs = (codes, scale.view(shape), minimum.view(shape))
     at_once = max(1, _PIECE // groups[0].numel())
-    for piece, *outs in zip(
-        groups.split(at_once), *(o.split(at_once) for o in outputs), strict=True
-    ):
-        _quantize_piece(piece, along, format.bits, *outs)
+    pieces = list(zip(*(tensor.split(at_once) for tensor in (groups, *outputs)), strict=True))
+    threads = torch.get_num_threads()
+    if threads == 1 or len(pieces) == 1:
+        for piece in pieces:
+            _quantize_piece(piece, along, format.bits)
+        return packed, scale, minimum
+    inference = torch.is_inference_mode_enabled()
+
+    def task(piece: Sequence[torch.Tensor]) -> None:
+        # Both modes belong to a thread.
+        with torch.inference_mode(inference), torch.no_grad():
+            _quantize_piece(piece, along, format.bits)
+
+    for _ in _workers(threads).map(task, pieces):
+        pass
     return packed, scale, minimum
 
 
-def _quantize_piece(
-    x: torch.Tensor,
-    along: int,
-    bits: int,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    minimum: torch.Tensor,
-) -> None:
-    """Quantise groups that lie along one dimension into views of the results."""
+def _quantize_piece(piece: Sequence[torch.Tensor], along: int, bits: int) -> None:
+    """Quantise the first of ``piece``, groups along one dimension, into codes, scale, minimum."""
+    x, packed, scale, minimum = piece
     # In fp32, and one after the other: all else takes torch's slow ways.
     values = x.to(torch.float32, copy=True)
     low, high = values.amin(along, keepdim=True), values.amax(along, keepdim=True)
