@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from repro.kernels.block_sparse_attention.cpu import _workers
+from repro import serial_threads
 from repro.kernels.paged_attention.pages import Format, Pages, pack
 
 #: Values quantised at once: an fp32 copy of them stays in cache.
@@ -36,20 +36,7 @@ def quantize(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tenso
     outputs = (codes, scale.view(shape), minimum.view(shape))
     at_once = max(1, _PIECE // groups[0].numel())
     pieces = list(zip(*(tensor.split(at_once) for tensor in (groups, *outputs)), strict=True))
-    threads = torch.get_num_threads()
-    if threads == 1 or len(pieces) == 1:
-        for piece in pieces:
-            _quantize_piece(piece, along, format.bits)
-        return packed, scale, minimum
-    inference = torch.is_inference_mode_enabled()
-
-    def task(piece: Sequence[torch.Tensor]) -> None:
-        # Both modes belong to a thread.
-        with torch.inference_mode(inference), torch.no_grad():
-            _quantize_piece(piece, along, format.bits)
-
-    for _ in _workers(threads).map(task, pieces):
-        pass
+    serial_threads.run(lambda piece: _quantize_piece(piece, along, format.bits), pieces)
     return packed, scale, minimum
 
 

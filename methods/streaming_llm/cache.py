@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from repro.kernels.streaming_attention import streaming_attention
 
 from repro.attention_patch import dense_causal
 from repro.errors import UnsupportedCombination
 from repro.kernels.paged_attention import merge_attention
+from repro.kernels.streaming_attention import streaming_attention
 from repro.kv_cache import LayerCache, LayerShape, NewTokens
 from repro.kv_window import SinkWindow, visible_slots
 from repro.methods.streaming_llm import StreamingLLMConfig
