@@ -163,7 +163,7 @@ class KVPatch(Patch):
         self._cache = None
 
     def stats(self) -> dict[str, Any]:
-        """Return ``kv_bytes`` (of all tensors held), ``kv_tokens`` and ``decode_density``.
+        """Return ``kv_bytes`` (of all tensors held), ``seen_tokens`` and ``decode_density``.
 
         ``decode_density`` is what decode steps have read of the tokens seen, None before the first.
         """
@@ -172,7 +172,7 @@ class KVPatch(Patch):
         read, seen = sum(pair[0] for pair in observed), sum(pair[1] for pair in observed)
         return {
             "kv_bytes": sum(_nbytes(layer.tensors()) for layer in layers),
-            "kv_tokens": 0 if self._cache is None else self._cache.get_seq_length(),
+            "seen_tokens": 0 if self._cache is None else self._cache.get_seq_length(),
             "decode_density": read / seen if seen else None,
             **self._facts,
         }

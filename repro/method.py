@@ -25,7 +25,8 @@ class Patch:
     steps that the method leaves dense by definition not counted, that ran dense), ``dense_calls``,
     ``sparse_calls``, ``selection_seconds``, ``kv_bytes`` (of all tensors that the method's cache
     holds now, tables and buffers included), ``kv_tokens`` (that it holds of a sequence now, mean
-    over layers and KV heads), ``weight_bytes``.
+    over layers and KV heads), ``seen_tokens`` (that the cache has taken in, padding counted),
+    ``decode_density`` (tokens read by decode steps over tokens seen), ``weight_bytes``.
     """
 
     #: Name of a vLLM attention backend, where the method has one.

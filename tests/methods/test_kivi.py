@@ -41,7 +41,7 @@ def test_a_prompt_within_the_residual_is_dense(subject):
     ids = token_ids(1, 15)
     with METHOD.apply(subject, KIVIConfig(bits=2, **SMALL), None) as patch:
         out = steps(subject, ids, patch)
-        assert patch.stats()["kv_tokens"] == 15
+        assert patch.stats()["seen_tokens"] == 15
     torch.testing.assert_close(out, steps(subject, ids), rtol=1e-4, atol=1e-5)
 
 

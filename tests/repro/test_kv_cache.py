@@ -125,11 +125,11 @@ def test_leaves_the_model_as_it_was(subject, fails):
 
 def test_bytes_are_those_of_the_tensors(subject):
     with patched_kv_cache(subject.model, Everything) as patch:
-        assert patch.stats() == {"kv_bytes": 0, "kv_tokens": 0, "decode_density": None}
+        assert patch.stats() == {"kv_bytes": 0, "seen_tokens": 0, "decode_density": None}
         subject.model(tokens(2, 10), past_key_values=patch.make_cache())
         stats = patch.stats()
         assert stats["kv_bytes"] == 2 * 4 * 2 * 2 * 2 * 10 * 32  # k and v, bytes, layers, ...
-        assert stats["kv_tokens"] == 10 and stats["decode_density"] == 0.25
+        assert stats["seen_tokens"] == 10 and stats["decode_density"] == 0.25
         patch.reset()
         assert patch.stats()["kv_bytes"] == 0
 
