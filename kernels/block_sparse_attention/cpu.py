@@ -13,16 +13,14 @@ its own group alone.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from repro import serial_threads
+from repro import attention_products, serial_threads
 from repro.kernels.block_sparse_attention.layout import Layout
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -30,12 +28,6 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 #: Most bytes of gathered keys (as many of values again) of one call: they stay in cache.
 _GATHER_BYTES = 2 << 20
-#: Most keys of a row whose scores are held at once: 2 MiB in bf16 for 128 queries.
-_SCORE_KEYS = 8192
-#: Keys from which a query's scores are guessed, at least; every 16th of a shorter row's ...
-_PROBES = 128
-#: ... and where its log-sum-exp is so far off, the guess missed the keys that matter.
-_FAR = 4.0
 
 
 @dataclass(frozen=True)
@@ -68,13 +60,13 @@ def forward(
     out = torch.zeros_like(queries)
     lse = torch.full(queries.shape[:2], -torch.inf)
 
-    by_products = _products_are_faster(q.dtype)
+    by_products = attention_products.are_faster(q.dtype)
 
     def attend(part: _Part) -> None:
         part_q = queries.index_select(0, part.rows)
         part_k, part_v = (_gather(x, part.blocks) for x in (keys, values))
         if by_products and part.mask is None:
-            o, part_lse = attend_by_products(
+            o, part_lse = attention_products.attend(
                 part_q, part_k[:, 0], part_v[:, 0], scale, diagonal=part.diagonal
             )
         else:
@@ -135,92 +127,6 @@ def backward(
         _tokens(dk, k).to(k.dtype),
         _tokens(dv, v).to(v.dtype),
     )
-
-
-def attend_by_products(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, diagonal: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to all keys: output ``[g, Tq, D]`` in the dtype of ``q`` and fp32 lse ``[g, Tq]``.
-
-    The product of q and k is rounded to their dtype, so what is rounded is the score less a
-    reference: the mean score under the query's own weights, guessed from some keys. The scores that
-    matter are near 0 then, and so are their errors. A row whose guess turns out to be far off is
-    done again with scores in fp32. With ``diagonal``, query ``i`` sees the last ``Tq`` keys up to
-    the ``i``-th of them.
-    """
-    hidden = _hidden(q.shape[1]) if diagonal else None
-    reference, guess = _guess(q, k, scale, hidden)
-    outs, totals = [], []
-    size = max(_SCORE_KEYS, q.shape[1])
-    # From the end: the first piece holds the diagonal whole.
-    for end in range(k.shape[1], 0, -size):
-        piece = slice(max(0, end - size), end)
-        weights = torch.baddbmm(-reference, q, k[:, piece].transpose(1, 2), alpha=scale)
-        if hidden is not None and end == k.shape[1]:
-            weights[..., -q.shape[1] :] += hidden.to(q.dtype)
-        weights.exp_()
-        outs.append(torch.bmm(weights, v[:, piece]).float())
-        totals.append(weights.float().sum(-1, keepdim=True))
-    total = functools.reduce(torch.add, totals)
-    lse = total.log() + reference.float()
-    out = (functools.reduce(torch.add, outs) / total).to(q.dtype)
-    far = ~((lse - guess).abs() < _FAR).flatten(1).all(dim=1)  # NaN is far, too
-    lse = lse[..., 0]
-    if bool(far.any()):
-        out[far], lse[far] = _attend_in_fp32(q[far], k[far], v[far], scale, hidden)
-    return out, lse
-
-
-def _guess(
-    q: torch.Tensor, k: torch.Tensor, scale: float, hidden: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Guess each query's mean score, in the dtype of ``q``, and lse in fp32, ``[g, Tq, 1]`` both.
-
-    The first key takes part and is visible to every query.
-    """
-    step = max(16, k.shape[1] // _PROBES)
-    scores = _scores(q.float(), k[:, ::step].float(), scale)
-    if hidden is not None:
-        first = k.shape[1] - q.shape[1]
-        scores[..., -(-first // step) :] += hidden[:, -first % step :: step]
-    weights = scores.softmax(-1)
-    # weight = exp(score - lse); the largest one cannot underflow.
-    lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log() + math.log(step)
-    return weights.mul_(scores).sum(-1, keepdim=True).to(q.dtype), lse
-
-
-def _attend_in_fp32(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what ``attend_by_products`` does with unrounded scores, in about twice the time."""
-    scores = _scores(q.float(), k.float(), scale)
-    if hidden is not None:
-        scores[..., -q.shape[1] :] += hidden
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp_().to(v.dtype)
-    return torch.bmm(weights, v), lse
-
-
-def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    return torch.bmm(q * scale, k.transpose(1, 2))
-
-
-@functools.cache
-def _hidden(size: int) -> torch.Tensor:
-    """Return ``[size, size]`` fp32: where a key comes after its query, what no score outweighs."""
-    with torch.inference_mode(False):
-        return torch.full((size, size), -1e30).triu_(1)
-
-
-@functools.cache
-def _products_are_faster(dtype: torch.dtype) -> bool:
-    """Tell whether the two products of a part outrun torch's flash kernel here.
-
-    That kernel cuts short query blocks into 32 rows; whole products of 128 rows are 1.3 (D = 64) to
-    1.7 times (D = 128) as fast on AVX-512 with bf16. With AMX the kernel packs its tiles itself.
-    """
-    amx = torch.cpu._is_amx_tile_supported()
-    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() and not amx
 
 
 def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 Decode reads every key and value once, so the bytes read bound the time. A chunk's pages are copied
 out of the pool (``index_select`` of rows of memory, at memory bandwidth) and then met in cache:
-dequantised if they are packed, given to torch's flash kernel with the query heads of their KV head
-as its queries, merged by log-sum-exp. Chunks run side by side in threads that are serial inside.
+dequantised if they are packed, attended to with the query heads of their KV head as the queries (by
+two products, or torch's flash kernel where that is faster), merged by log-sum-exp. Chunks run side
+by side in threads that are serial inside.
 
 Packed codes are unpacked field by field, the lowest bits of all bytes first: a contiguous pass
 instead of an interleaving one. That leaves the channels in another order, which the queries (for K)
@@ -20,16 +21,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from repro import serial_threads
+from repro import attention_products, serial_threads
 from repro.kernels.paged_attention.merge import merge_stacked
 from repro.kernels.paged_attention.pages import Pages
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 #: Most tokens of one sequence and KV head in a chunk ...
-_CHUNK_TOKENS = 2048
+_CHUNK_TOKENS = 4096
 #: ... and of all that one call attends to.
-_CALL_TOKENS = 4096
+_CALL_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,17 @@ def paged_attention_cpu(
     groups = _groups(k, page_table, lengths, selected)
     dtype = _compute_dtype(q, k, v)
     queries = _by_field(q.reshape(-1, 1, n_rep, dim).to(dtype), k)
+    by_products = attention_products.are_faster(dtype)
 
     def attend(group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (
             _take(pages, group, name).to(dtype)[:, None] for name, pages in (("k", k), ("v", v))
         )
-        return _flash(queries[group.rows], keys, values, scale=scale)
+        rows = queries[group.rows]
+        if by_products:
+            out, lse = attention_products.attend(rows[:, 0], keys[:, 0], values[:, 0], scale)
+            return out[:, None], lse[:, None]
+        return _flash(rows, keys, values, scale=scale)
 
     found = serial_threads.run(attend, groups)
     if not groups:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repro import kernel_compile
+from repro import attention_products, kernel_compile
 from repro.kernels.paged_attention import (
     Format,
     Pages,
@@ -193,6 +193,15 @@ def test_triton_matches_reference_in_every_format(shape, nan_filled_empty):
 @pytest.mark.parametrize("shape", SHAPES + PAIRS, ids=str)
 def test_cpu_matches_reference(shape, dtype, nan_filled_empty):
     x = make_inputs(shape, dtype)
+    assert faults(x, x.attend()) == []
+
+
+@pytest.mark.parametrize("shape", SHAPES[:7], ids=str)
+@pytest.mark.parametrize("products", [True, False], ids=["products", "flash"])
+def test_both_ways_on_the_cpu_match_reference(products, shape, monkeypatch):
+    """Which one runs is the machine's matter."""
+    monkeypatch.setattr(attention_products, "are_faster", lambda dtype: products)
+    x = make_inputs(shape, torch.bfloat16)
     assert faults(x, x.attend()) == []
 
 
