@@ -48,7 +48,7 @@ test-slow: setup ## Run the long tests too (training recipes).
 	$(VENV)/bin/python -m pytest -q -m 'slow or not slow'
 
 test-chaos: setup ## Kill every part of a run on a local cluster, ten rounds of each.
-	$(VENV)/bin/python -m pytest -q -m 'chaos or not slow' tests/repro/test_chaos.py
+	$(VENV)/bin/python -m pytest -q -m 'chaos or not slow' tests/repro/test_chaos.py tests/repro/test_executors.py
 
 lint: setup ## Check format, style and types.
 	$(VENV)/bin/ruff format --check .

@@ -446,7 +446,15 @@ class TestRay:
         )
         assert again.counts == {"cached": 4}
 
-    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    # SIGKILL ends a driver in test_chaos.py, too.
+    @pytest.mark.parametrize(
+        "number",
+        [
+            signal.SIGINT,
+            pytest.param(signal.SIGTERM, marks=pytest.mark.chaos),
+            pytest.param(signal.SIGKILL, marks=pytest.mark.chaos),
+        ],
+    )
     def test_a_stopped_driver_resumes(self, plugins, write_manifest, tmp_path, run, number):
         pytest.importorskip("ray")
         parts = {
