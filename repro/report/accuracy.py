@@ -269,7 +269,8 @@ def _selection(group: Group, records: Evidence, labels: Labels) -> Table:
     ]
     title = "Is it the choice?"
     name = f"{group.measurement}_selection"
-    return Table(name, title, intro, (*_SELECTION, *columns), rows)
+    columns = _columns((*_SELECTION, *columns), rows)
+    return Table(name, title, intro, columns, rows)
 
 
 # Noise floor
@@ -344,7 +345,12 @@ def _by_task(
 def _columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
     """Leave out optional columns that no row fills."""
     optional = {"density", "status", "fallback", "kv_read", "kv_megabytes"}
-    return [c for c in columns if c.key not in optional or any(r.get(c.key) for r in rows)]
+    return [
+        column
+        for column in columns
+        if not (column.key in optional or column.key.startswith("minus_"))
+        or any(row.get(column.key) for row in rows)
+    ]
 
 
 def _task_row(task: str, cells: Sequence[Record], records: Evidence) -> Row:

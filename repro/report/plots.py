@@ -11,6 +11,7 @@ import numpy as np
 
 from repro import evidence
 from repro.evidence import Evidence, Record, Variant
+from repro.keys import canonical_json
 from repro.report import accuracy
 from repro.report.labels import Labels
 
@@ -224,14 +225,15 @@ def calibrated(records: Sequence[Record]) -> bool:
 
 def _calibrations(records: Sequence[Record], labels: Labels) -> list[Plot]:
     """Draw every figure once, in the section ``CALIBRATION``."""
-    found: dict[str, Plot] = {}
+    found: dict[str, Plot] = {}  # by content: a control shares its method's
     for record in records:
         name = labels.name(evidence.variant_of(record))
         for figure in record.get("figures") or ():
-            stem = _stem(f"{name}-{figure['title']}")
-            if figure["kind"] in _DRAWN and stem not in found:
+            content = canonical_json(figure)
+            if figure["kind"] in _DRAWN and content not in found:
+                caption = f"{name}: {figure['title']}"
                 image = _DRAWN[figure["kind"]](figure)
-                found[stem] = Plot(stem, CALIBRATION, f"{name}: {figure['title']}", image)
+                found[content] = Plot(_stem(caption), CALIBRATION, caption, image)
     return list(found.values())
 
 

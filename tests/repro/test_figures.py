@@ -25,8 +25,9 @@ def measured(threshold, figures):
 
 
 def test_each_is_drawn_once_in_its_section():
+    other = {**GATES, "values": [[1.0]]}
     made = built(
-        measured(0.9, [GATES, FRONT]), measured(0.9, [GATES, FRONT]), measured(0.5, [GATES])
+        measured(0.9, [GATES, FRONT]), measured(0.4, [GATES, FRONT]), measured(0.5, [other])
     )
     (section,) = [s for s in made.machines[0].sections if s.title == "Calibration"]
     assert len(section.plots) == 3
