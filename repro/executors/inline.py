@@ -38,12 +38,16 @@ def execute(session: Session) -> None:
             lost = not worker.healthy(planned.cell["device"])
 
 
+AGAIN_SECONDS = 5.0  # long enough for what ends a cell to switch the timer off
+
+
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise CellTimeout in the block after so many seconds.
 
     This reaches Python code between two operators; an operator that never returns is only ended
-    by an executor with processes of its own (``ray``).
+    by an executor with processes of its own (``ray``). It comes again and again: what is raised in
+    a destructor or a callback is lost.
     """
     usable = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
     if not usable:
@@ -55,7 +59,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise CellTimeout(f"took longer than {seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
     try:
         yield
     finally:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,9 +12,11 @@ import pytest
 from repro import executors, manifest, runner, store
 from repro.budget import Allowance
 from repro.errors import BadInput, MissingResource
+from repro.executors import inline
 from repro.plan import PlannedCell, make_plan
 from repro.progress import Quiet
 from repro.testing import comparable_records
+from repro.worker import CellTimeout
 
 METHODS = ("dense", "fake")
 
@@ -131,6 +134,16 @@ class TestInline:
         assert outcome.counts == {"timeout": 2, "ok": 2}
         assert "took longer than 0.6 s" in outcome.records[0]["message"]
         assert outcome.exit_code == 0
+
+    def test_a_time_limit_that_is_lost_once_comes_again(self, monkeypatch):
+        monkeypatch.setattr(inline, "AGAIN_SECONDS", 0.1)
+        before = signal.getsignal(signal.SIGALRM)
+        with pytest.raises(CellTimeout), inline._time_limit(0.05):
+            with contextlib.suppress(CellTimeout):  # as what calls a destructor does
+                time.sleep(60)
+            time.sleep(60)
+        assert signal.getsignal(signal.SIGALRM) is before
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
     def test_the_time_of_a_cell_ends_before_its_record_is_written(self, run, monkeypatch):
         real = store.CellFolder.write_record
