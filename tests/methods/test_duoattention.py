@@ -64,20 +64,20 @@ def streaming_rule(config, tokens, *, decoded_from=None):
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 1.0])
 def test_law(law, sparsity, subject):
-    law(METHOD, subject, replace(TIGHT, sparsity=sparsity))
+    assert law(METHOD, subject, replace(TIGHT, sparsity=sparsity)) == []
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64])
 def test_all_retrieval_is_dense_for_any_chunk(subject, chunk_size):
     config = replace(TIGHT, sparsity=0.0, chunk_size=chunk_size)
-    check_equals_dense(METHOD, subject, config, prompts(2, 40))
+    assert check_equals_dense(METHOD, subject, config, prompts(2, 40)) == []
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
 def test_short_inputs_are_dense_for_all_heads(subject, chunk_size):
     # The longest token of the last step is the 28th: 27 before it and itself.
     config = DuoAttentionConfig(sparsity=1.0, sink_size=7, recent_size=20, chunk_size=chunk_size)
-    check_equals_dense(METHOD, subject, config, prompts(2, 16))
+    assert check_equals_dense(METHOD, subject, config, prompts(2, 16)) == []
 
 
 def test_one_chunk_prefills_densely_and_decode_streams(subject):

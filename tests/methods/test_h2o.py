@@ -18,13 +18,13 @@ def subject():
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, subject):
-    law(METHOD, subject, TIGHT)
+    assert law(METHOD, subject, TIGHT) == []
 
 
 @pytest.mark.parametrize("heavy", [0, 26])
 def test_slots_for_everything_are_dense(subject, heavy):
     config = H2OConfig(heavy_size=heavy, recent_size=52 - heavy)
-    check_equals_dense(METHOD, subject, config, prompts(2, 40))
+    assert check_equals_dense(METHOD, subject, config, prompts(2, 40)) == []
 
 
 def test_received_attention_is_the_column_sum(monkeypatch):

@@ -18,7 +18,7 @@ def subject():
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, subject):
-    law(METHOD, subject, TIGHT)
+    assert law(METHOD, subject, TIGHT) == []
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_law(law, subject):
     ids=["budget covers", "dense layers"],
 )
 def test_reading_everything_is_dense(subject, config):
-    check_equals_dense(METHOD, subject, config, prompts(2, 40))
+    assert check_equals_dense(METHOD, subject, config, prompts(2, 40)) == []
 
 
 def test_no_key_of_a_page_is_above_its_bound():

@@ -18,12 +18,12 @@ def subject():
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, subject):
-    law(METHOD, subject, TIGHT)
+    assert law(METHOD, subject, TIGHT) == []
 
 
 def test_a_prompt_within_the_capacity_is_kept_whole(subject):
     config = SnapKVConfig(capacity=40, window_size=4)
-    check_equals_dense(METHOD, subject, config, prompts(2, 40))
+    assert check_equals_dense(METHOD, subject, config, prompts(2, 40)) == []
 
 
 def definition(q, k, config):

@@ -23,13 +23,13 @@ def subject():
 @pytest.mark.parametrize("config", [TIGHT, TRUE_POSITIONS, NO_SINK], ids=str)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, config, subject):
-    law(METHOD, subject, config)
+    assert law(METHOD, subject, config) == []
 
 
 @pytest.mark.parametrize("reindex", [True, False])
 def test_a_cache_for_everything_is_dense(subject, reindex):
     config = StreamingLLMConfig(sink_size=4, recent_size=48, reindex=reindex)
-    check_equals_dense(METHOD, subject, config, prompts(2, 40))
+    assert check_equals_dense(METHOD, subject, config, prompts(2, 40)) == []
 
 
 def by_definition(q, k, v, rotation, config):
