@@ -16,6 +16,7 @@ from repro.method import Artifact, CalibrationData, Method, Patch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from repro.subjects import Subject
 
@@ -150,6 +151,7 @@ def calibrate(
     data: CalibrationData,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    workdir: Path | None = None,
 ) -> Artifact:
     """Train one gate per layer and KV head on passkey documents, which it makes itself.
 
@@ -158,13 +160,14 @@ def calibrate(
         config: Options from ``steps`` on.
         data: Not used: an ordinary prompt has one question at most.
         progress: Is told (steps done, steps in all).
+        workdir: Folder for what a killed training goes on from; None to keep nothing.
 
     Returns:
         Artifact with ``gates`` ``[layers, H_kv]`` and ``losses`` ``[steps]``, fp32.
     """
     from repro.methods.duoattention.calibrate import train_gates
 
-    return train_gates(subject, config, progress=progress)
+    return train_gates(subject, config, progress=progress, workdir=workdir)
 
 
 METHOD = Method(

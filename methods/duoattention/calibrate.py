@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +22,41 @@ from repro.kernels.block_sparse_attention import block_sparse_attention
 from repro.kv_cache import make_mask
 from repro.method import Artifact
 from repro.methods.duoattention import TRAINING, DuoAttentionConfig
-from repro.methods.duoattention.documents import training_documents
+from repro.methods.duoattention.documents import Document, training_document
 from repro.methods.duoattention.heads import heads_shape
+from repro.training import TrainingConfig, train
 
 if TYPE_CHECKING:
     from repro.subjects import Subject
 
 #: Tokens of a block of the student's mask.
 BLOCK_SIZE = 128
+#: Steps that a kill may cost.
+CHECKPOINT_EVERY = 10
+
+
+class Gates(torch.nn.Module):
+    """The gates, and what became of every step so far.
+
+    Attributes:
+        values: ``[layers, H_kv]`` fp32, all heads on in the beginning.
+        losses: ``[steps]`` fp32, distance and L1 term; NaN where a step has not been made.
+        distances: ``[steps]`` fp32, of the hidden states alone.
+    """
+
+    def __init__(self, shape: tuple[int, int], steps: int) -> None:
+        super().__init__()
+        self.values = torch.nn.Parameter(torch.ones(shape))
+        self.register_buffer("losses", torch.full((steps,), torch.nan))
+        self.register_buffer("distances", torch.full((steps,), torch.nan))
 
 
 def train_gates(
-    subject: Subject, config: DuoAttentionConfig, *, progress: Callable[[int, int], None]
+    subject: Subject,
+    config: DuoAttentionConfig,
+    *,
+    progress: Callable[[int, int], None],
+    workdir: Path | None = None,
 ) -> Artifact:
     """Train the gates of a subject; see ``calibrate``.
 
@@ -45,34 +70,34 @@ def train_gates(
     if config.longest > positions:
         rule = f"at most the {positions} positions of {subject.name}"
         raise BadInput(Fault("duoattention: calibrate", "longest", rule, config.longest))
-    device = subject.device
-    gates = torch.nn.Parameter(torch.ones(heads_shape(subject.model), device=device))
-    optimizer = torch.optim.AdamW([gates], lr=config.learning_rate, weight_decay=0.0)
-    losses, distances = [], []
+    gates = Gates(heads_shape(subject.model), config.steps).to(subject.device)
+
+    def documents(step: int) -> Iterator[tuple[int, Document]]:
+        yield step, training_document(subject.tokenizer, config, step)
+
+    def loss(module: torch.nn.Module, batch: tuple[int, Document]) -> torch.Tensor:
+        step, document = batch
+        with torch.no_grad():
+            gates.values.clamp_(0, 1)
+        ids = document.ids[None].to(subject.device)
+        distance = student_distance(subject.model, ids, document.labels)
+        total = distance + config.l1_weight * gates.values.abs().mean()
+        gates.distances[step], gates.losses[step] = distance.detach(), total.detach()
+        return total
+
     progress(0, config.steps)
-    with distillation(subject.model, gates, config):
-        for step, document in enumerate(training_documents(subject.tokenizer, config)):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate_factor(step, config.steps)
-            with torch.no_grad():
-                gates.clamp_(0, 1)
-            distance = student_distance(
-                subject.model, document.ids[None].to(device), document.labels
-            )
-            loss = distance + config.l1_weight * gates.abs().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-            distances.append(distance.detach())
-            progress(step + 1, config.steps)
+    with distillation(subject.model, gates.values, config):
+        train(
+            gates,
+            documents,
+            loss,
+            schedule(config),
+            folder=workdir,
+            hooks=[lambda done: progress(done.step, config.steps)],
+        )
     settings: dict[str, Any] = {name: getattr(config, name) for name in TRAINING}
-    final = gates.detach().clamp(0, 1).float().cpu()
-    tensors = {
-        "gates": final,
-        "losses": torch.stack(losses).float().cpu(),
-        "distances": torch.stack(distances).float().cpu(),
-    }
+    final = gates.values.detach().clamp(0, 1).cpu()
+    tensors = {"gates": final, "losses": gates.losses.cpu(), "distances": gates.distances.cpu()}
     shown = [(step + 1, float(loss)) for step, loss in enumerate(tensors["losses"])]
     figures = [
         heatmap(
@@ -89,13 +114,22 @@ def train_gates(
     return Artifact(tensors=tensors, metadata=metadata)
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """Return the share of the peak rate at a step: a rise and a fall over a fifth each, at least 0.1.
+def schedule(config: DuoAttentionConfig) -> TrainingConfig:
+    """Return the paper's training: the rate rises and falls over a fifth each, from and to a tenth.
 
     Source: arXiv:2410.10819, section 3.1, and the released code.
     """
-    fifth = steps / 5
-    return min(1.0, max((step + 1) / fifth, 0.1), max((steps - step) / fifth, 0.1))
+    fifth = round(config.steps / 5)
+    return TrainingConfig(
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        warmup_steps=fifth,
+        decay_steps=fifth,
+        floor=0.1,
+        betas=(0.9, 0.999),
+        clip_norm=math.inf,
+        checkpoint_every=CHECKPOINT_EVERY,
+    )
 
 
 def student_distance(model: Any, ids: torch.Tensor, labels: int) -> torch.Tensor:

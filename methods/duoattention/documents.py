@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,21 +36,18 @@ def document_lengths(config: DuoAttentionConfig) -> list[int]:
     return [config.shortest + span * place // last for place in range(config.lengths)]
 
 
-def training_documents(tokenizer: Any, config: DuoAttentionConfig) -> Iterator[Document]:
-    """Yield ``steps`` documents: every length once, shuffled, then again with other passkeys."""
-    rng = random.Random(f"duoattention/{config.seed}")
-    lengths: list[int] = []
-    for step in range(config.steps):
-        if not lengths:
-            lengths = document_lengths(config)
-            rng.shuffle(lengths)
-        yield passkey_document(
-            tokenizer,
-            length=lengths.pop(),
-            passkeys=config.passkeys,
-            kind=step % len(KINDS),
-            seed=f"{config.seed}/{step}",
-        )
+def training_document(tokenizer: Any, config: DuoAttentionConfig, step: int) -> Document:
+    """Return the document of a step: every length once, shuffled, then again with other passkeys."""
+    lengths = document_lengths(config)
+    epoch, place = divmod(step, len(lengths))
+    random.Random(f"duoattention/{config.seed}/{epoch}").shuffle(lengths)
+    return passkey_document(
+        tokenizer,
+        length=lengths[place],
+        passkeys=config.passkeys,
+        kind=step % len(KINDS),
+        seed=f"{config.seed}/{step}",
+    )
 
 
 def passkey_document(

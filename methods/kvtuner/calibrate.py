@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from repro.errors import BadInput, Fault
+from repro.figures import curve, heatmap
 from repro.keys import digest
 from repro.method import Artifact, CalibrationData
 from repro.methods.kvtuner import KVTunerConfig
 from repro.methods.kvtuner.cache import packed_cache, packing_of
-from repro.methods.kvtuner.search import Journal, front, pick, pruned_space, search, whole_space
+from repro.methods.kvtuner.search import (
+    Journal,
+    Trial,
+    front,
+    pick,
+    pruned_space,
+    search,
+    whole_space,
+)
 from repro.methods.kvtuner.sensitivity import GUARD, profile
 from repro.methods.kvtuner.tables import DENSE, Table
 from repro.questions import accuracy, questions
@@ -105,8 +114,34 @@ def find_table(
         "front": [(trial.table, trial.bits, trial.loss) for trial in front(tried)],
         "sampler": config.sampler,
         "seed": config.seed,
+        "figures": _figures(tried, chosen, unquantized),
     }
     return Artifact(tensors=errors.tensors(), metadata=metadata)
+
+
+def _figures(tried: list[Trial], chosen: Trial, unquantized: float) -> list[dict[str, Any]]:
+    def points(trials: Iterable[Trial]) -> list[tuple[float, float]]:
+        return [(trial.bits, unquantized - trial.loss) for trial in trials]
+
+    series = {"tried": points(tried), "front": points(front(tried)), "chosen": points([chosen])}
+    series["not quantized"] = [(16.0, unquantized)]
+    return [
+        curve(
+            "Search: accuracy on questions that never score",
+            series,
+            x="mean bits of keys and values",
+            y="accuracy",
+            joined=["front"],
+        ),
+        heatmap(
+            "Bits chosen",
+            [[float(bits) for bits in pair] for pair in zip(*chosen.table, strict=True)],
+            row="0 keys, 1 values",
+            column="layer",
+            label="bits",
+            limits=(2.0, 8.0),
+        ),
+    ]
 
 
 def _journal(subject: Subject, config: KVTunerConfig, workdir: Path | None) -> Journal:

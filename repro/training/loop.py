@@ -24,6 +24,7 @@ class TrainingConfig:
         learning_rate: Peak rate.
         warmup_steps: Steps of linear rise from 0.
         decay_steps: Steps of linear fall to 0 at the end; between the two the rate is constant.
+        floor: Least share of the peak rate, at both ends.
         weight_decay: Decoupled decay of matrices; vectors are not decayed.
         betas: Averaging factors of Adam.
         clip_norm: Largest norm of the gradient.
@@ -36,6 +37,7 @@ class TrainingConfig:
     learning_rate: float
     warmup_steps: int = 50
     decay_steps: int = 0
+    floor: float = 0.0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
@@ -54,7 +56,7 @@ class TrainingConfig:
         """Return the learning rate of ``step`` (0-based)."""
         rise = min(1.0, (step + 1) / max(self.warmup_steps, 1))
         fall = min(1.0, (self.steps - step) / max(self.decay_steps, 1))
-        return self.learning_rate * rise * fall
+        return self.learning_rate * max(self.floor, rise * fall)
 
 
 @dataclass(frozen=True)

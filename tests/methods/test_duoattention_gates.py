@@ -10,14 +10,14 @@ from repro.methods.duoattention import METHOD, DuoAttentionConfig
 from repro.methods.duoattention.calibrate import (
     distillation,
     lambda_mask,
-    rate_factor,
+    schedule,
     student_distance,
 )
 from repro.methods.duoattention.documents import (
     KINDS,
     document_lengths,
     passkey_document,
-    training_documents,
+    training_document,
 )
 from repro.methods.duoattention.heads import (
     choose_heads,
@@ -231,7 +231,8 @@ def test_student_sees_sink_blocks_and_local_blocks():
 
 def test_rate_rises_and_falls():
     steps = 2000
-    found = [rate_factor(step, steps) for step in range(steps)]
+    made = schedule(replace(QUICK, steps=steps, learning_rate=1.0))
+    found = [made.rate(step) for step in range(steps)]
     assert found[:40] == [0.1] * 39 + [pytest.approx(0.1)]
     assert found[199] == pytest.approx(0.5) and found[399] == found[1600] == 1.0
     assert found[1800] == pytest.approx(0.5) and found[-1] == 0.1
@@ -259,6 +260,26 @@ def test_training_is_deterministic_and_leaves_the_model_alone(subject):
     assert [figure["kind"] for figure in made.metadata["figures"]] == ["heatmap", "curve"]
     with METHOD.apply(subject, QUICK, made) as patch:
         assert sum(patch.stats()["retrieval_heads"]) == 3
+
+
+def test_killed_training_ends_with_the_same_bits(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr("repro.methods.duoattention.calibrate.CHECKPOINT_EVERY", 2)
+    config, seen = replace(QUICK, steps=5), []
+    whole = METHOD.calibrate(subject, config, [])
+
+    def killed(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        METHOD.calibrate(subject, config, [], progress=killed, workdir=tmp_path)
+    resumed = METHOD.calibrate(
+        subject, config, [], progress=lambda *pair: seen.append(pair), workdir=tmp_path
+    )
+    assert seen == [(0, 5), (3, 5), (4, 5), (5, 5)]  # the third is made again
+    assert whole.tensors["losses"].isfinite().all()
+    for name, values in whole.tensors.items():
+        assert torch.equal(resumed.tensors[name], values), name
 
 
 def test_artifact_survives_the_store(subject, tmp_path):
@@ -312,7 +333,7 @@ def test_documents_hide_and_ask_passkeys(kind, length):
 def test_documents_come_in_every_length_before_any_again():
     config = replace(QUICK, steps=8, shortest=600, longest=1200, lengths=4)
     assert document_lengths(config) == [600, 800, 1000, 1200]
-    made = list(training_documents(byte_tokenizer(), config))
+    made = [training_document(byte_tokenizer(), config, step) for step in range(8)]
     assert len({tuple(document.ids.tolist()) for document in made}) == 8
     for half in (made[:4], made[4:]):
         sizes = sorted(len(document.ids) for document in half)

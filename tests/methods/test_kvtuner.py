@@ -445,6 +445,11 @@ def test_calibration_finds_a_table_and_keeps_all_of_the_search(tmp_path, pruning
     again = METHOD.calibrate(retriever, config, data, workdir=tmp_path)
     assert again.metadata == artifact.metadata
     assert done[0] == (0, 4) and done[-1] == (4, 4)
+    search, table = artifact.metadata["figures"]
+    (chosen,) = search["series"]["chosen"]
+    assert chosen in search["series"]["front"] and chosen in search["series"]["tried"]
+    assert chosen[0] == artifact.metadata["average_bits"]
+    assert tuple(zip(*table["values"], strict=True)) == artifact.metadata["table"]
     found = json.loads(json.dumps(artifact.metadata))
     assert artifact.tensors["e_o"].shape == (3, 3, 3) and artifact.tensors["e_k"].shape == (3, 3)
     assert found["average_bits"] == average_bits(found["table"]) <= 5.0

@@ -85,11 +85,17 @@ def test_all_dense_ways_are_dense_attention(subject, batch, monkeypatch):
         monkeypatch.setattr(cached, "_fastest", lambda calls, *_, place=place: calls[place])
         with torch.inference_mode():
             made = work.make_work(context(subject, batch=batch))
-            item = made.pool[0]
-            outs.append(made.dense_call(Patch(), item, made.state("dense", Patch(), item)))
-    q, k, v = (x[:, :, -1:] if x is item.q else x for x in (item.q, item.k, item.v))
-    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            layers = made.pool[0]
+            outs.append(made.dense_call(Patch(), layers, made.state("dense", Patch(), layers)))
+    expected = torch.stack(
+        [
+            torch.nn.functional.scaled_dot_product_attention(
+                item.q[:, :, -1:], *(x.repeat_interleave(2, 1) for x in (item.k, item.v))
+            ).transpose(1, 2)
+            for item in layers
+        ]
+    )
+    assert [item.layer for item in layers] == list(range(subject.model.config.num_hidden_layers))
     for out in outs:
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 

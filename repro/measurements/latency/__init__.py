@@ -109,10 +109,14 @@ def run(context: CellContext) -> dict[str, Any]:
 
 def estimate_seconds(options: Mapping[str, Any], info: SubjectInfo) -> float:
     """Return rough seconds on 2 CPU cores: 25 calls of each arm, or the asked work if longer."""
-    once = options["batch"] * info.prefill_seconds(options["length"])
+    prefill = options["batch"] * info.prefill_seconds(options["length"])
+    once, before = prefill, 0.0
     if options["phase"] == "attention":
-        once /= 4
-    return 5.0 + max(1.5 * options["min_seconds"], 50 * once)
+        once = prefill / 4
+    if options["phase"] == "decode":  # from one cache per arm, bound by the calls of a layer
+        size = (info.parameters or 4_000_000) / 4e6
+        once, before = 0.01 * max(1.0, size) * options["new_tokens"], 2 * prefill
+    return 5.0 + before + max(1.5 * options["min_seconds"], 50 * once)
 
 
 def positions(options: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""The attention phase of a KV-cache method: decode steps of one layer, over a cache in place."""
+"""The attention phase of a KV-cache method: decode steps of all layers' attention, caches in place."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ from repro.operator_inputs import OperatorInputs, attention_modules
 #: Tokens that one call decodes.
 STEPS = 16
 
+Layers = tuple[OperatorInputs, ...]
+Stores = dict[int, PagedStore]
+
 
 def cached_attention(context: CellContext, pool: Sequence[OperatorInputs], source: str) -> Work:
-    """Return the work of one layer's decode steps, keys and values before them in place.
+    """Return the work of decode steps of every layer's attention, keys and values before them in place.
 
-    The method stores each new token and attends. Dense is the fastest of SDPA as the model calls
-    it, SDPA with the query heads of a KV head as its queries (for both all keys and values lie in
-    place), and the paged kernel over all pages, which stores each new token.
+    A method may treat its layers differently, so one of them says nothing of the others. The method
+    stores each new token and attends. Dense is the fastest of SDPA as the model calls it, SDPA with
+    the query heads of a KV head as its queries (for both all keys and values lie in place), and the
+    paged kernel over all pages, which stores each new token.
 
     Args:
         context: The cell.
-        pool: Queries, keys and values of ``length`` tokens; the last ``STEPS`` are decoded.
+        pool: For each layer queries, keys and values of ``length`` tokens; the last ``STEPS`` are
+            decoded.
         source: What they are.
 
     Raises:
@@ -45,91 +50,109 @@ def cached_attention(context: CellContext, pool: Sequence[OperatorInputs], sourc
             "latency: the paper protocol times prefill without the causal mask, which decode has "
             "none of; use fair for a KV-cache method"
         )
-    item = pool[len(pool) // 2]
-    module = next(m for m in attention_modules(subject.model) if m.layer_idx == item.layer)
+    modules = {module.layer_idx: module for module in attention_modules(subject.model)}
     places = range(options["length"] - STEPS, options["length"])
     filled: dict[str, Any] = {}  # filled once per arm and copied before each call
 
-    def state(arm: str, patch: Patch, item: OperatorInputs) -> Any:
+    def state(arm: str, patch: Patch, layers: Layers) -> Any:
         if arm not in filled:
-            k, v = item.k[:, :, : places.start], item.v[:, :, : places.start]
-            if arm == "dense":
-                filled[arm] = _full_store(item)
-                filled[arm].append(k, v)
-            else:
-                filled[arm] = patch.make_cache()
-                if not hasattr(filled[arm], "fill"):
-                    raise UnsupportedCombination(
-                        f"latency: {type(filled[arm]).__name__} cannot be filled without a prefill"
-                    )
-                filled[arm].fill(item.layer, k, v)
+            made: Any = {} if arm == "dense" else patch.make_cache()
+            if arm != "dense" and not hasattr(made, "fill"):
+                raise UnsupportedCombination(
+                    f"latency: {type(made).__name__} cannot be filled without a prefill"
+                )
+            for item in layers:
+                k, v = item.k[:, :, : places.start], item.v[:, :, : places.start]
+                if arm == "dense":
+                    made[item.layer] = _full_store(item)
+                    made[item.layer].append(k, v)
+                else:
+                    made.fill(item.layer, k, v)
+            filled[arm] = made
         return copy.deepcopy(filled[arm])
 
-    def call(patch: Patch, item: OperatorInputs, cache: Any) -> torch.Tensor:
-        attention = ALL_ATTENTION_FUNCTIONS[subject.model.config._attn_implementation]
+    def steps(
+        attend: Callable[[OperatorInputs, int], torch.Tensor], layers: Layers
+    ) -> torch.Tensor:
         for place in places:
+            outs = [attend(item, place) for item in layers]
+        return torch.stack(outs)
+
+    def call(patch: Patch, layers: Layers, cache: Any) -> torch.Tensor:
+        attention = ALL_ATTENTION_FUNCTIONS[subject.model.config._attn_implementation]
+
+        def attend(item: OperatorInputs, place: int) -> torch.Tensor:
             q, k, v = _token(item, place)
             k, v = cache.update(k, v, item.layer)
+            module = modules[item.layer]
             out: torch.Tensor = attention(module, q, k, v, None, scaling=module.scaling)[0]
-        return out
+            return out
 
-    def through_sdpa(patch: Patch, item: OperatorInputs, store: PagedStore) -> torch.Tensor:
-        for place in places:
-            q = _token(item, place)[0]
+        return steps(attend, layers)
+
+    def through_sdpa(patch: Patch, layers: Layers, stores: Stores) -> torch.Tensor:
+        def attend(item: OperatorInputs, place: int) -> torch.Tensor:
+            q, module = _token(item, place)[0], modules[item.layer]
             k, v = item.k[:, :, : place + 1], item.v[:, :, : place + 1]
             out: torch.Tensor = sdpa_attention_forward(
                 module, q, k, v, None, scaling=module.scaling
             )[0]
-        return out
+            return out
 
-    def through_sdpa_rows(patch: Patch, item: OperatorInputs, store: PagedStore) -> torch.Tensor:
-        for place in places:
+        return steps(attend, layers)
+
+    def through_sdpa_rows(patch: Patch, layers: Layers, stores: Stores) -> torch.Tensor:
+        def attend(item: OperatorInputs, place: int) -> torch.Tensor:
             q = _token(item, place)[0]
             k, v = item.k[:, :, : place + 1], item.v[:, :, : place + 1]
             rows = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-            out = F.scaled_dot_product_attention(rows, k, v, scale=module.scaling)
-        return out.reshape(q.shape).transpose(1, 2)
+            out = F.scaled_dot_product_attention(rows, k, v, scale=modules[item.layer].scaling)
+            return out.reshape(q.shape).transpose(1, 2)
 
-    def through_pages(patch: Patch, item: OperatorInputs, store: PagedStore) -> torch.Tensor:
-        for place in places:
+        return steps(attend, layers)
+
+    def through_pages(patch: Patch, layers: Layers, stores: Stores) -> torch.Tensor:
+        def attend(item: OperatorInputs, place: int) -> torch.Tensor:
             q, k, v = _token(item, place)
-            store.append(k, v)
-            out = store.attend(q, module.scaling)[0]
-        return out.transpose(1, 2)
+            stores[item.layer].append(k, v)
+            out = stores[item.layer].attend(q, modules[item.layer].scaling)[0]
+            return out.transpose(1, 2)
 
+        return steps(attend, layers)
+
+    layers = tuple(pool)
     ways = (through_sdpa, through_sdpa_rows, through_pages)
-    dense = _fastest(ways, lambda: state("dense", Patch(), item), item)
+    dense = _fastest(ways, lambda: state("dense", Patch(), layers), layers)
     flops, moved = attention_cost(subject, options, queries=1)
-    layers = len(attention_modules(subject.model))
     return Work(
-        pool=[item],
+        pool=[layers],
         call=call,
         dense_call=dense,
         state=state,
         steps=STEPS,
         resets=False,
         density_key="decode_density",
-        flops=flops / layers,
-        bytes_moved=moved / layers,
+        flops=flops,
+        bytes_moved=moved,
         only_attention=True,
         source=f"{source}; dense is {dense.__name__.removeprefix('through_')}",
     )
 
 
-Call = Callable[[Patch, OperatorInputs, Any], torch.Tensor]
+Call = Callable[[Patch, Layers, Any], torch.Tensor]
 
 
-def _fastest(calls: Sequence[Call], make_state: Callable[[], Any], item: OperatorInputs) -> Call:
+def _fastest(calls: Sequence[Call], make_state: Callable[[], Any], layers: Layers) -> Call:
     """Return the call that takes least time, of two runs each after one to warm up."""
 
     def seconds(call: Call) -> float:
         found = []
         for _ in range(3):
             given = make_state()
-            _wait(item.q.device)
+            _wait(layers[0].q.device)
             begun = time.perf_counter()
-            call(Patch(), item, given)
-            _wait(item.q.device)
+            call(Patch(), layers, given)
+            _wait(layers[0].q.device)
             found.append(time.perf_counter() - begun)
         return min(found[1:])
 

@@ -177,13 +177,13 @@ def _attention(context: CellContext) -> Work:
     if method is not None and method.kind == "kv_cache":
         from repro.measurements.latency.cached import cached_attention
 
-        return cached_attention(context, *_operator_pool(context))
+        return cached_attention(context, *_operator_pool(context, layers=None))
     if method is not None and method.kind != "attention":
         raise UnsupportedCombination(
             "latency: the attention phase is for attention and KV-cache methods; "
             f"{method.slug} is of kind {method.kind}"
         )
-    pool, source = _operator_pool(context)
+    pool, source = _operator_pool(context, layers=3)
     modules = {
         module.layer_idx: module for module in operator_inputs.attention_modules(subject.model)
     }
@@ -214,10 +214,11 @@ def _attention(context: CellContext) -> Work:
     )
 
 
-def _operator_pool(context: CellContext) -> tuple[list[OperatorInputs], str]:
+def _operator_pool(context: CellContext, *, layers: int | None) -> tuple[list[OperatorInputs], str]:
+    """Return the inputs of so many layers spread over the depth, None for all, and what they are."""
     subject, options = context.subject, context.options
-    modules = operator_inputs.attention_modules(subject.model)
-    layers = operator_inputs.spread_layers(len(modules), 3)
+    available = len(operator_inputs.attention_modules(subject.model))
+    numbers = operator_inputs.spread_layers(available, available if layers is None else layers)
     if options["inputs"] == "captured":
         if not subject.info.trained:
             raise UnsupportedCombination(
@@ -225,8 +226,8 @@ def _operator_pool(context: CellContext) -> tuple[list[OperatorInputs], str]:
                 "random; use gaussian or structured"
             )
         prompts, source = _prompts(context, 1)
-        pool = operator_inputs.capture(subject, prompts[0], layers, source=source)
-        return pool, f"captured from layers {', '.join(map(str, layers))}: {source}"
+        pool = operator_inputs.capture(subject, prompts[0], numbers, source=source)
+        return pool, f"captured from layers {', '.join(map(str, numbers))}: {source}"
     config = subject.model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -241,12 +242,12 @@ def _operator_pool(context: CellContext) -> tuple[list[OperatorInputs], str]:
     if options["inputs"] == "gaussian":
         pool = [
             operator_inputs.gaussian(shape, seed=context.seed + layer, layer=layer, **where)
-            for layer in layers
+            for layer in numbers
         ]
         return pool, "independent standard normal q, k, v"
     pool = [
         operator_inputs.structured(shape, seed=context.seed + layer, layer=layer, **where)
-        for layer in layers
+        for layer in numbers
     ]
     density = pool[0].facts["planted_density"]
     return pool, f"sink, local band, stripes and hot blocks, {density:.1%} of the blocks planted"
