@@ -392,6 +392,12 @@ def _label(
     return f"{info.name} | {method} | {text}"
 
 
+def options_in(label: str) -> set[str]:
+    """Return the names of the method's options that a cell's label shows."""
+    words = label.split(" | ")[1].split() if label.count(" | ") == 2 else []
+    return {word.partition("=")[0] for word in words if "=" in word}
+
+
 def _telling_options(profile: Profile, measurement: str) -> set[str]:
     """Return the options that a label needs to tell the cells of one measurement apart."""
     cells = [

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from repro import evidence
 from repro.evidence import Record, Variant
-from repro.plan import short
+from repro.plan import options_in, short
 
 CONTROL_NAMES = {"random": "at random"}
 
@@ -17,25 +17,37 @@ class Labels:
     """Names the variants of a set of records; the same set always gives the same names."""
 
     def __init__(self, records: Iterable[Record]):
-        variants = dict.fromkeys(evidence.variant_of(record) for record in records)
+        self._configs: dict[Variant, dict[str, Any]] = {}
+        shown: dict[Variant, set[str]] = {}
+        for record in records:
+            variant = evidence.variant_of(record)
+            config = self._configs.setdefault(variant, json.loads(variant.config))
+            label = str(record["cell"].get("label", ""))
+            shown.setdefault(variant, set()).update(options_in(label) if label else config)
         self.order: dict[Variant, int] = {}
-        configs: dict[str, list[dict[str, Any]]] = {}
-        for variant in variants:
-            configs.setdefault(variant.slug, []).append(json.loads(variant.config))
-        self._varying = {slug: _varying(found) for slug, found in configs.items()}
-        self._common = {slug: _common(found) for slug, found in configs.items()}
         # Dense first, then the order of the plan, each control after its method.
-        bases = dict.fromkeys(v.without_control() for v in variants)
+        bases = dict.fromkeys(v.without_control() for v in self._configs)
         for base in sorted(bases, key=lambda v: not v.is_dense):
-            for control in ("none", *sorted({v.control for v in variants} - {"none"})):
+            for control in ("none", *sorted({v.control for v in self._configs} - {"none"})):
                 variant = Variant(base.slug, base.config, control)
-                if variant in variants:
+                if variant in self._configs:
                     self.order[variant] = len(self.order)
+        self._words: dict[Variant, list[str]] = {}
+        self._rest: dict[Variant, list[str]] = {}
+        for slug in {variant.slug for variant in self.order}:
+            of_slug = {variant: shown[variant] for variant in self.order if variant.slug == slug}
+            varying = _varying([self._configs[variant] for variant in of_slug])
+            telling = _telling(varying, of_slug, self._configs)
+            for variant, names in of_slug.items():
+                self._words[variant] = [name for name in telling if name in names]
+                self._rest[variant] = [
+                    name for name in varying if name in names and name not in telling
+                ]
 
     def name(self, variant: Variant) -> str:
         """Return ``xattention stride=8`` or ``xattention stride=8, random blocks``."""
-        config = json.loads(variant.config)
-        words = [f"{key}={short(config.get(key))}" for key in self._varying[variant.slug]]
+        config = self._configs[variant]
+        words = [f"{key}={short(config.get(key))}" for key in self._words[variant]]
         text = " ".join([variant.slug, *words])
         if variant.control != "none":
             text += f", {CONTROL_NAMES.get(variant.control, variant.control)}"
@@ -45,9 +57,20 @@ class Labels:
         """Return the methods themselves, without dense and controls."""
         return [v for v in self.order if not v.is_dense and v.control == "none"]
 
-    def common(self) -> dict[str, dict[str, Any]]:
-        """Return slug -> the fields that have one value in all records."""
-        return {slug: fields for slug, fields in self._common.items() if fields}
+    def common(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return what names leave out: fields of all rows of a slug, then fields of some rows."""
+        found = []
+        for slug in dict.fromkeys(variant.slug for variant in self.order):
+            configs = [c for variant, c in self._configs.items() if variant.slug == slug]
+            varying = _varying(configs)
+            fields = {k: v for k, v in configs[0].items() if k not in varying}
+            found.append((f"Every row of {slug}", fields))
+        together: dict[str, list[str]] = {}
+        for variant in self.methods():
+            fields = {name: self._configs[variant].get(name) for name in self._rest[variant]}
+            together.setdefault(json.dumps(fields), []).append(self.name(variant))
+        found += [(", ".join(names), json.loads(fields)) for fields, names in together.items()]
+        return [(rows, fields) for rows, fields in found if fields]
 
 
 def _varying(configs: list[dict[str, Any]]) -> list[str]:
@@ -55,6 +78,26 @@ def _varying(configs: list[dict[str, Any]]) -> list[str]:
     return [name for name in names if len({json.dumps(c.get(name)) for c in configs}) > 1]
 
 
-def _common(configs: list[dict[str, Any]]) -> dict[str, Any]:
-    varying = set(_varying(configs))
-    return {name: value for name, value in configs[0].items() if name not in varying}
+def _telling(
+    varying: list[str],
+    shown: Mapping[Variant, set[str]],
+    configs: Mapping[Variant, Mapping[str, Any]],
+) -> list[str]:
+    """Return fields that are enough to tell variants apart, the first ones where there is a choice.
+
+    None is left without any, since a bare slug would read as all of them.
+    """
+
+    def told(names: list[str]) -> tuple[int, int]:
+        words = [
+            (v.control, {n: configs[v].get(n) for n in names if n in own})
+            for v, own in shown.items()
+        ]
+        return len({json.dumps(each) for each in words}), sum(not fields for _, fields in words)
+
+    telling = varying
+    for name in reversed(varying):
+        fewer = [other for other in telling if other != name]
+        if told(fewer) == told(telling):
+            telling = fewer
+    return telling

@@ -30,7 +30,7 @@ class Machine:
     name: str
     facts: dict[str, Any]
     sections: list[Section]
-    common: dict[str, dict[str, Any]]
+    common: list[tuple[str, dict[str, Any]]]
     images: dict[str, bytes] = field(default_factory=dict)
 
     @property

@@ -271,9 +271,41 @@ def test_labels_show_only_what_tells_variants_apart():
         "xattention stride=8",
         "xattention stride=16",
     ]
-    assert labels.common()["xattention"]["threshold"] == 0.9
+    assert dict(labels.common())["Every row of xattention"]["threshold"] == 0.9
     alone = Labels(found[:1])
     assert [alone.name(v) for v in alone.methods()] == ["xattention"]
+
+
+def test_labels_leave_out_what_does_not_matter_to_a_variant():
+    def variant(**given):
+        config = {"bits": None, "cap": 4.0, "trials": 9, "pruned": True, "control": "none"} | given
+        made = timed(4096, 1.0, config=config)
+        told = " ".join(f"{name}={value}" for name, value in given.items())
+        made["cell"]["label"] = f"zoo:a | xattention {told} | latency@4096"
+        return made
+
+    searched = {"trials": 5}
+    labels = Labels(
+        [
+            variant(bits=8),
+            variant(bits=4),
+            variant(cap=4.0, **searched),
+            variant(cap=3.0, **searched),
+            variant(cap=4.0, pruned=False, **searched),
+        ]
+    )
+    names = [labels.name(v) for v in labels.methods()]
+    assert names == [
+        "xattention bits=8",
+        "xattention bits=4",
+        "xattention cap=4",
+        "xattention cap=3",
+        "xattention cap=4 pruned=False",
+    ]
+    assert dict(labels.common())[", ".join(names[2:])] == searched
+    few = Labels([variant(bits=8), variant(**searched)])
+    names = [few.name(v) for v in few.methods()]
+    assert names == ["xattention bits=8", "xattention trials=5"]
 
 
 def test_more_seeds_are_more_cells_of_a_task():
