@@ -58,12 +58,16 @@ class SnapKVLayer(PromptLayer):
     def keep(self, sequence: int, k: torch.Tensor, v: torch.Tensor) -> None:
         tokens, window = k.shape[2], self._windows.pop(sequence, None)
         self._prompt_tokens[sequence] = tokens
-        if window is None or tokens <= self.config.capacity:
+        if tokens <= self.config.capacity:
             self.store.append(k, v, sequence)
             return
-        top = kept_tokens(window.q, k, window.scale, self.config)
-        rest = torch.arange(tokens - window.q.shape[2], tokens, device=k.device)
-        kept = torch.cat([top, rest.expand(k.shape[1], -1)], dim=1)
+        size, heads = self.config.window_size, k.shape[1]
+        if window is None:  # filled: without queries there are no votes, so the first ones stay
+            top = torch.arange(self.config.capacity - size, device=k.device).expand(heads, -1)
+        else:
+            top = kept_tokens(window.q, k, window.scale, self.config)
+        rest = torch.arange(tokens - size, tokens, device=k.device)
+        kept = torch.cat([top, rest.expand(heads, -1)], dim=1)
         index = kept[None, :, :, None].expand(-1, -1, -1, k.shape[3])
         self.store.append(k.gather(2, index), v.gather(2, index), sequence)
 

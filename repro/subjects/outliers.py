@@ -18,6 +18,7 @@ from typing import Any
 
 from repro import subjects
 from repro.errors import UnsupportedCombination
+from repro.rotary import turns_halves
 from repro.subjects import Subject, SubjectInfo
 
 FACTOR = 16.0  # of outlier channels of keys
@@ -65,10 +66,16 @@ def add_outliers(
 
     Raises:
         UnsupportedCombination: If a layer is not rotary attention with ``q_proj`` and ``k_proj``
-            whose outputs go to the scores as they are.
+            whose outputs go to the scores as they are, or its rotary pairs are not the two halves
+            of a head.
     """
     import torch
 
+    if not turns_halves(model):
+        raise UnsupportedCombination(
+            f"outliers: the rotary embedding must turn both halves of a head together, got "
+            f"{type(model).__name__}, which turns neighbours or a part of the head"
+        )
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
     for layer in model.get_decoder().layers[period - 1 :: period]:

@@ -93,6 +93,19 @@ def test_held_tokens_and_bytes(subject):
     assert pages <= stats["kv_bytes"] < 1.05 * pages + 2 * 64
 
 
+def test_a_filled_cache_holds_what_a_prefilled_one_holds(subject):
+    held = []
+    with METHOD.apply(subject, TIGHT, None) as patch, torch.no_grad():
+        subject.model(prompts(1, 200), past_key_values=patch.make_cache())
+        held.append(patch.stats()["kv_bytes"])
+        cache, (k, v) = patch.make_cache(), torch.randn(2, 1, 2, 200, 32)
+        for layer in range(2):
+            cache.fill(layer, k, v)
+        held.append(patch.stats()["kv_bytes"])
+    assert [layer.store.lengths for layer in cache.held()] == [[16], [16]]
+    assert held[0] == held[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

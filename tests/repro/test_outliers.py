@@ -71,3 +71,29 @@ def test_attention_with_normalised_keys_is_refused():
     subject.model.model.layers[1].self_attn.q_norm = torch.nn.Identity()
     with pytest.raises(UnsupportedCombination, match="plain q_proj"):
         outliers.add_outliers(subject.model)
+
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [("StableLm", {"partial_rotary_factor": 0.5}), ("Cohere", {})],
+    ids=["part of the head", "neighbours"],
+)
+def test_pairs_that_are_no_halves_of_a_head_are_refused(name, options):
+    """They would give another function: the factors of q and k would not meet."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**SHAPE, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with pytest.raises(UnsupportedCombination, match="both halves of a head"):
+        outliers.add_outliers(model)
