@@ -236,6 +236,7 @@ class _Layer(CacheLayerMixin):
         self.batch = 0
         self.seen = 0  # padding counted
         self.prefilling = True
+        self.handed_out = False  # keys are on their way to the attention function
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -243,14 +244,25 @@ class _Layer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.handed_out:
+            raise UnsupportedCombination(
+                "kv cache: the model must hand keys to its attention as the cache returned them, got "
+                "others (latent attention expands them in between)"
+            )
         # The model hands this very tensor to its attention function.
         key_states.repro_kv_layer = self  # type: ignore[attr-defined]
+        self.handed_out = True
         return key_states, value_states
 
     def take(self, k: torch.Tensor, heads: int) -> LayerCache:
         """Return the method's layer for a batch of this shape, made at the first call."""
+        self.handed_out = False
         if self.held is None:
             batch, kv_heads, _, head_dim = k.shape
+            if head_dim % 8 or head_dim > 256:
+                raise UnsupportedCombination(
+                    f"kv cache: head_dim must be a multiple of 8 up to 256, got {head_dim}"
+                )
             self.batch, self.is_initialized = batch, True
             shape = LayerShape(self.index, batch, heads, kv_heads, head_dim, k.dtype, k.device)
             self.held = self.make_layer(shape)
@@ -279,6 +291,7 @@ class _Layer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.held, self.seen, self.prefilling, self.is_initialized = None, 0, True, False
+        self.handed_out = False
 
 
 _MASKS = (
@@ -343,6 +356,11 @@ class _Bridge:
             raise UnsupportedCombination(
                 "kv cache: the model must be run with the cache of the patch (make_cache), got "
                 f"{key.shape[2]} keys for {tokens} queries from another one"
+            )
+        if value.shape != key.shape:
+            raise UnsupportedCombination(
+                "kv cache: values must be of the shape of keys, got "
+                f"{list(value.shape)} and {list(key.shape)}"
             )
         if layer is None:
             layer = _Layer(self.make_layer, int(getattr(module, "layer_idx", 0)), None)

@@ -139,8 +139,10 @@ class PagedStore:
     def _reserve(self, lengths: dict[int, int]) -> None:
         """Give sequences the pages that so many tokens need."""
         wanted = {row: -(-tokens // self.page_size) for row, tokens in lengths.items()}
-        new = sum(count - len(self._pages[row]) for row, count in wanted.items())
-        if new <= 0:
+        # What is held already may be more: values of a row may lag behind its keys.
+        fresh = {row: max(0, count - len(self._pages[row])) for row, count in wanted.items()}
+        new = sum(fresh.values())
+        if not new:
             return
         total = self._used + new
         if self.max_tokens is not None and total * self.page_size > self.max_tokens:
@@ -150,10 +152,9 @@ class PagedStore:
             )
         if total > self.k.n_pages:
             self.k, self.v = (self._grown(pages, total) for pages in (self.k, self.v))
-        for row, count in wanted.items():
-            fresh = count - len(self._pages[row])
-            self._pages[row] += range(self._used, self._used + fresh)
-            self._used += fresh
+        for row, count in fresh.items():
+            self._pages[row] += range(self._used, self._used + count)
+            self._used += count
         width = max(map(len, self._pages))
         rows = [pages + [-1] * (width - len(pages)) for pages in self._pages]
         self._table = torch.tensor(rows, dtype=torch.int32, device=self.shape.device)

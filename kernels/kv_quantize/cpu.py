@@ -44,7 +44,7 @@ def _quantize_piece(piece: Sequence[torch.Tensor], along: int, bits: int) -> Non
     """Quantise the first of ``piece``, groups along one dimension, into codes, scale, minimum."""
     x, packed, scale, minimum = piece
     # In fp32, and one after the other: all else takes torch's slow ways.
-    values = x.to(torch.float32, copy=True)
+    values = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     low, high = values.amin(along, keepdim=True), values.amax(along, keepdim=True)
     minimum.copy_(low)
     scale.copy_((high - low).div_(2**bits - 1))

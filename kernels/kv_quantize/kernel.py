@@ -32,7 +32,7 @@ def _slots(
         count = tl.load(counts_ptr + i_seq)
     position = tl.load(lengths_ptr + i_seq) + offset
     entry = position // page_size
-    inside = (offset < count) & (entry < pages_max)
+    inside = (offset < count) & (position >= 0) & (entry < pages_max)
     page = tl.load(table_ptr + i_seq * stride_table + entry, mask=inside, other=-1)
     inside = inside & (page >= 0) & (page < n_pages)
     return tokens - count + offset, page.to(tl.int64), position % page_size, inside

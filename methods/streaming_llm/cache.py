@@ -20,6 +20,7 @@ from repro.kernels.streaming_attention import streaming_attention
 from repro.kv_cache import LayerCache, LayerShape, NewTokens
 from repro.kv_window import SinkWindow, visible_slots
 from repro.methods.streaming_llm import StreamingLLMConfig
+from repro.rotary import turns_halves
 
 
 def frequencies(model: Any) -> torch.Tensor:
@@ -34,6 +35,11 @@ def frequencies(model: Any) -> torch.Tensor:
         raise UnsupportedCombination(
             "streaming_llm: reindex needs rotary positions of fixed angles (default, linear, "
             f"llama3 or yarn), got {kind}; set reindex: false"
+        )
+    if not turns_halves(model):
+        raise UnsupportedCombination(
+            "streaming_llm: reindex needs rotary positions that turn channel i with i + D / 2 over "
+            "the whole head; set reindex: false"
         )
     return rotary.inv_freq.detach().float()
 

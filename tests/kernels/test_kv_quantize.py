@@ -263,11 +263,23 @@ def test_page_order_is_the_tables(name):
     assert torch.equal(dequantize(one, int32(0, 1, 2)), dequantize(other, int32(6, 1, 4)))
 
 
+@pytest.mark.parametrize("name", QUANTIZE)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_channels_may_lie_apart(name, bits):
+    x = values(2, 24, 16).mT
+    format = Format(bits=bits)
+    for part, expected in zip(
+        QUANTIZE[name](x, format), quantize_reference(x, format), strict=True
+    ):
+        assert torch.equal(part, expected)
+
+
 def test_triton_writes_nothing_outside_the_pool():
     pages = make_pages(Format(bits=4))
     before = copy_of(pages)
     append_triton(values(2, 2, 8, 16), pages, TABLE, int32(24, 200))  # over the table
     append_triton(values(1, 2, 8, 16), pages, int32(9, -1)[None], int32(0))
+    append_triton(values(2, 2, 8, 16), pages, TABLE, int32(-8, -200))
     append_triton(values(2, 2, 8, 16), pages, TABLE, int32(0, 0), int32(0, 0))
     assert equal(pages, before)
 

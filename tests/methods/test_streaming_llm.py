@@ -100,6 +100,22 @@ def test_positions_that_are_no_rotation_are_refused(subject, monkeypatch):
         pass
 
 
+def test_rotations_of_neighbours_are_refused():
+    import transformers
+
+    config = transformers.CohereConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=1,
+    )
+    with pytest.raises(UnsupportedCombination, match="turn channel i with i [+] D / 2"):
+        frequencies(transformers.CohereForCausalLM(config))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from repro.attention_patch import dense_causal
 from repro.errors import UnsupportedCombination
@@ -187,6 +188,31 @@ def own_mask(model, patch):
     model(tokens(1, 4), attention_mask=mask, past_key_values=patch.make_cache())
 
 
+def keys_changed_behind_the_cache(model, patch):
+    """What models with latent attention do: the cache gets other keys than the attention."""
+    cache = patch.make_cache()
+    for length in (5, 1):
+        k = torch.zeros(1, 2, length, 16)
+        k, v = cache.update(k, k, 0)
+        attend(model, k + 1, v)
+
+
+def values_of_another_width(model, patch):
+    k = torch.zeros(1, 2, 5, 16)
+    attend(model, k, k[..., :8])
+
+
+def heads_of_an_odd_size(model, patch):
+    k = torch.zeros(1, 2, 5, 12)
+    attend(model, k, k)
+
+
+def attend(model, k, v):
+    q = torch.zeros(1, 4, *k.shape[2:])
+    attention = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    return attention(model.model.layers[0].self_attn, q, k, v, None)
+
+
 def beams(model, patch):
     patch.make_cache().reorder_cache(torch.tensor([0]))
 
@@ -199,6 +225,9 @@ def beams(model, patch):
         (another_cache, "must be run with the cache of the patch"),
         (right_padding, "padding must lie on the left"),
         (own_mask, "causality with padding"),
+        (keys_changed_behind_the_cache, "as the cache returned them"),
+        (values_of_another_width, r"of the shape of keys, got \[1, 2, 5, 8\] and"),
+        (heads_of_an_odd_size, "head_dim must be a multiple of 8 up to 256, got 12"),
         (beams, "beam search"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -63,6 +63,16 @@ def test_values_may_lag_behind_keys():
     torch.testing.assert_close(lse, expected_lse)
 
 
+def test_values_of_one_row_alone_may_lag_behind():
+    store = PagedStore(SHAPE, page_size=8)
+    store.append(drawn(1, 2, 16, 32, seed=1), None, 0)
+    v = drawn(2, 2, 9, 32, seed=2)
+    store.append(None, v)
+    assert store.v_lengths == [9, 9]
+    for row in range(2):
+        assert torch.equal(store.values(row, 0, 9), v[row : row + 1])
+
+
 def test_what_is_held_stays_near_what_is_used():
     store = PagedStore(SHAPE, page_size=8, k_format=Format(bits=4, group_size=32))
     for step in range(300):
