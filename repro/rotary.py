@@ -20,7 +20,7 @@ def turns_halves(model: Any) -> bool:
     module = sys.modules[type(attention).__module__]
     rotate = getattr(module, "apply_rotary_pos_emb", None)
     inv_freq, head_dim = getattr(rotary, "inv_freq", None), getattr(attention, "head_dim", None)
-    if rotate is None or inv_freq is None or 2 * inv_freq.numel() != head_dim:
+    if rotary is None or rotate is None or inv_freq is None or 2 * inv_freq.numel() != head_dim:
         return False
     # Pairs of different lengths: one that turns keeps its own, up to a factor common to all.
     lengths = torch.arange(1.0, inv_freq.numel() + 1, device=inv_freq.device)
