@@ -119,9 +119,7 @@ def check_padded_chunks_equal_singles(
         together = torch.cat(parts, dim=1)
         for row, length in enumerate(lengths):
             first = longest - length
-            alone = stepped(
-                subject, ids[row : row + 1, first:], patch.make_cache(), prompt=length
-            )
+            alone = stepped(subject, ids[row : row + 1, first:], patch.make_cache(), prompt=length)
             faults += _differences(f"row {row}", together[row : row + 1, first:], alone)
     return faults
 
@@ -163,9 +161,7 @@ def check_generate_equals_steps(method: Any, subject: Subject, config: Any) -> l
     return _differences("steps against generate", steps[:, 39:], logits)
 
 
-def check_quality_is_lost_in_decode_alone(
-    method: Any, subject: Subject, config: Any
-) -> list[str]:
+def check_quality_is_lost_in_decode_alone(method: Any, subject: Subject, config: Any) -> list[str]:
     """A prompt that comes at once is prefilled densely; with a tight budget decode is not dense."""
     ids = prompts(1, 56, seed=2)
     with torch.no_grad():

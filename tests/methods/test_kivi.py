@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from repro.kv_packed import Packing
-from repro.kv_testing import LAWS, check_equals_dense, check_quality_is_lost_in_decode_alone, prompts
+from repro.kv_testing import (
+    LAWS,
+    check_equals_dense,
+    check_quality_is_lost_in_decode_alone,
+    prompts,
+)
 from repro.methods import kvtuner
 from repro.methods.kivi import METHOD, KIVIConfig
 from repro.testing import tiny_subject, token_ids

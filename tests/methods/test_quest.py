@@ -71,9 +71,7 @@ def test_decode_attends_to_the_top_pages_alone():
     layer.end_prefill()
     for step in range(10):
         now = [length + step for length in lengths]
-        out = layer.decode(
-            NewTokens(*(x[range(2), :, now][:, :, None] for x in (q, k, v)), 0.25)
-        )
+        out = layer.decode(NewTokens(*(x[range(2), :, now][:, :, None] for x in (q, k, v)), 0.25))
         for (row, place), head in itertools.product(enumerate(now), range(4)):
             heads, keys = slice(head // 2 * 2, head // 2 * 2 + 2), k[row, head // 2, : place + 1]
             pages = top_pages(q[row, heads, place], keys, 3)

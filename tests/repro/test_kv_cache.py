@@ -187,6 +187,36 @@ def own_mask(model, patch):
     model(tokens(1, 4), attention_mask=mask, past_key_values=patch.make_cache())
 
 
+def other_batch_in_the_prompt(model, patch):
+    cache = patch.make_cache(prompt_length=9)
+    model(tokens(2, 5), past_key_values=cache)
+    model(tokens(1, 4), past_key_values=cache)
+
+
+def other_batch_filled(model, patch):
+    cache = patch.make_cache()
+    for batch in (2, 3):
+        cache.fill(0, *(torch.zeros(batch, 2, 5, 32) for _ in range(2)))
+
+
+def other_batch_generated(model, patch):
+    cache = patch.make_cache()
+    generate(model, tokens(2, 5), past_key_values=cache)
+    generate(model, tokens(3, 12), past_key_values=cache)
+
+
+def fewer_tokens(model, patch):
+    cache = patch.make_cache()
+    model(tokens(1, 5), past_key_values=cache)
+    cache.crop(3)
+
+
+def short_mask(model, patch):
+    cache = patch.make_cache()
+    model(tokens(1, 5), past_key_values=cache)
+    model(tokens(1, 1), attention_mask=torch.ones(1, 3).long(), past_key_values=cache)
+
+
 def beams(model, patch):
     patch.make_cache().reorder_cache(torch.tensor([0]))
 
@@ -195,6 +225,11 @@ def beams(model, patch):
     ("call", "message"),
     [
         (other_batch, "the batch must be the 2 sequences that the cache holds, got 3"),
+        (other_batch_in_the_prompt, "must be the 2 sequences that the cache holds, got 1"),
+        (other_batch_filled, "must be the 2 sequences that the cache holds, got 3"),
+        (other_batch_generated, "must be the 2 sequences that the cache holds, got 3"),
+        (fewer_tokens, "tokens cannot be taken back"),
+        (short_mask, "must cover the 6 tokens so far, got 3"),
         (two_tokens_after_the_prompt, "must come one by one, got 2; make the cache with"),
         (another_cache, "must be run with the cache of the patch"),
         (right_padding, "padding must lie on the left"),
