@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from repro.errors import UnsupportedCombination
