@@ -256,7 +256,6 @@ class _Layer(CacheLayerMixin):
 
     def take(self, k: torch.Tensor, heads: int) -> LayerCache:
         """Return the method's layer for a batch of this shape, made at the first call."""
-        self.handed_out = False
         if self.held is None:
             batch, kv_heads, _, head_dim = k.shape
             if head_dim % 8 or head_dim > 256:
@@ -318,6 +317,10 @@ def make_mask(
     plain = mask_function is causal_mask_function and options.get("local_size") is None
     if not plain or (attention_mask is not None and attention_mask.ndim != 2):
         raise UnsupportedCombination(_MASKS)
+    if not q_length:
+        raise UnsupportedCombination(
+            "kv cache: a pass must bring new tokens, got none; the cache holds all of them already"
+        )
     if attention_mask is None:
         return None
     if attention_mask.shape[1] != kv_length:
@@ -346,9 +349,11 @@ class _Bridge:
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """Return the attention output ``[B, T, H, D]`` of one layer."""
+        layer: _Layer | None = getattr(key, "repro_kv_layer", None)
+        if layer is not None:
+            layer.handed_out = False
         check_supported(module, dropout, options)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        layer: _Layer | None = getattr(key, "repro_kv_layer", None)
         tokens = query.shape[2]
         if attention_mask is not None and attention_mask.dtype != torch.bool:
             raise UnsupportedCombination(_MASKS)  # one that the model was given as it is

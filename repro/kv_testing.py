@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from repro.errors import UnsupportedCombination
 from repro.subjects import Subject
 
 
@@ -92,6 +93,64 @@ def check_chunks_equal_whole(method: Any, subject: Subject, config: Any) -> list
     return faults
 
 
+@torch.no_grad()
+def check_padded_chunks_equal_singles(
+    method: Any, subject: Subject, config: Any, lengths: tuple[int, ...] = (44, 23, 2)
+) -> list[str]:
+    """A left-padded batch whose prompt comes in chunks gives what each prompt gives at once."""
+    longest, steps, faults = max(lengths), 6, []
+    ids = prompts(len(lengths), longest + steps, seed=4)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : longest - length] = 0
+    places = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    ends = [*range(13, longest, 13), *range(longest, longest + steps + 1)]
+    with method.apply(subject, config, None) as patch:
+        cache, begin, parts = patch.make_cache(prompt_length=longest), 0, []
+        for end in ends:
+            out = subject.model(
+                ids[:, begin:end],
+                attention_mask=mask[:, :end],
+                position_ids=places[:, begin:end],
+                past_key_values=cache,
+            )
+            parts.append(out.logits)
+            begin = end
+        together = torch.cat(parts, dim=1)
+        for row, length in enumerate(lengths):
+            first = longest - length
+            alone = stepped(subject, ids[row : row + 1, first:], patch.make_cache(), prompt=length)
+            faults += _differences(f"row {row}", together[row : row + 1, first:], alone)
+    return faults
+
+
+@torch.no_grad()
+def check_refuses_another_batch(method: Any, subject: Subject, config: Any) -> list[str]:
+    """A cache of two sequences refuses one or three, says so, and goes on with its own."""
+    ids, faults = prompts(3, 44, seed=5), []
+    with method.apply(subject, config, None) as patch:
+        expected = stepped(subject, ids[:2], patch.make_cache(), prompt=40)
+        for prompt_length, taken in ((None, 40), (40, 30)):  # after the prompt, and within it
+            cache = patch.make_cache(prompt_length=prompt_length)
+            subject.model(ids[:2, :taken], past_key_values=cache)
+            for batch in (1, 3):
+                try:
+                    subject.model(ids[:batch, taken : taken + 1], past_key_values=cache)
+                    faults.append(f"took {batch} sequences after {taken} tokens")
+                except UnsupportedCombination as error:
+                    if f"must be the 2 sequences that the cache holds, got {batch};" in str(error):
+                        continue
+                    faults.append(f"told of {batch} sequences: {error}")
+            rest = [] if taken == 40 else [subject.model(ids[:2, 30:40], past_key_values=cache)]
+            rest += [
+                subject.model(ids[:2, place : place + 1], past_key_values=cache)
+                for place in range(40, 44)
+            ]
+            found = torch.cat([out.logits for out in rest], dim=1)
+            faults += _differences(f"after {taken} tokens", found, expected[:, taken:])
+    return faults
+
+
 def check_generate_equals_steps(method: Any, subject: Subject, config: Any) -> list[str]:
     """``generate`` gives what feeding its tokens one by one gives."""
     ids = prompts(1, 40, seed=3)
@@ -100,6 +159,18 @@ def check_generate_equals_steps(method: Any, subject: Subject, config: Any) -> l
         given = torch.cat([ids, new[:, :-1]], dim=1)
         steps = stepped(subject, given, patch.make_cache(), prompt=40)
     return _differences("steps against generate", steps[:, 39:], logits)
+
+
+def check_quality_is_lost_in_decode_alone(method: Any, subject: Subject, config: Any) -> list[str]:
+    """A prompt that comes at once is prefilled densely; with a tight budget decode is not dense."""
+    ids = prompts(1, 56, seed=2)
+    with torch.no_grad():
+        expected = subject.model(ids).logits
+    with method.apply(subject, config, None) as patch:
+        found = stepped(subject, ids, patch.make_cache(), prompt=44)
+    faults = _differences("prefill against dense", found[:, :44], expected[:, :44])
+    far = float((found[:, 44:] - expected[:, 44:]).abs().max())
+    return faults + ([] if far > 0.01 else [f"decode is within {far} of dense: nothing was tested"])
 
 
 @torch.no_grad()
@@ -136,6 +207,8 @@ def _differences(what: str, found: torch.Tensor, expected: torch.Tensor) -> list
 LAWS = (
     check_batch_equals_singles,
     check_chunks_equal_whole,
+    check_padded_chunks_equal_singles,
+    check_refuses_another_batch,
     check_generate_equals_steps,
     check_undoes_itself,
 )

@@ -115,4 +115,5 @@ class H2OLayer(PromptLayer):
 
     def tensors(self) -> Iterable[torch.Tensor]:
         yield from super().tensors()
-        yield from (self._k, self._v, self._score, self._position)
+        yield from (self._k, self._v, self._score, self._position, self._tokens)
+        yield from self._received.values()

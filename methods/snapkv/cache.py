@@ -81,3 +81,4 @@ class SnapKVLayer(PromptLayer):
     def tensors(self) -> Iterable[torch.Tensor]:
         yield from super().tensors()
         yield from self.store.tensors()
+        yield from (window.q for window in self._windows.values())

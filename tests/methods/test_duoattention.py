@@ -13,7 +13,13 @@ import torch
 from repro import claims, manifest, report, runner
 from repro.errors import MissingResource, UnsupportedCombination
 from repro.kv_cache import LayerShape, NewTokens
-from repro.kv_testing import LAWS, check_equals_dense, prompts, stepped
+from repro.kv_testing import (
+    LAWS,
+    check_equals_dense,
+    check_quality_is_lost_in_decode_alone,
+    prompts,
+    stepped,
+)
 from repro.methods.duoattention import METHOD, DuoAttentionConfig
 from repro.methods.duoattention.cache import DuoLayer
 from repro.methods.duoattention.heads import (
@@ -73,11 +79,25 @@ def test_all_retrieval_is_dense_for_any_chunk(subject, chunk_size):
     assert check_equals_dense(METHOD, subject, config, prompts(2, 40)) == []
 
 
+@pytest.mark.parametrize("size", [7, 39])
+def test_all_retrieval_is_dense_in_passes_of_any_size(subject, size):
+    ids = prompts(2, 44)
+    with METHOD.apply(subject, replace(TIGHT, sparsity=0.0), None) as patch:
+        cache = patch.make_cache(prompt_length=40)
+        found = stepped(subject, ids, cache, prompt=40, chunk=size)
+    torch.testing.assert_close(found, logits(subject, ids), atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
 def test_short_inputs_are_dense_for_all_heads(subject, chunk_size):
     # The longest token of the last step is the 28th: 27 before it and itself.
     config = DuoAttentionConfig(sparsity=1.0, sink_size=7, recent_size=20, chunk_size=chunk_size)
     assert check_equals_dense(METHOD, subject, config, prompts(2, 16)) == []
+
+
+def test_first_chunk_is_dense_and_decode_is_not(subject):
+    config = replace(TIGHT, chunk_size=44)
+    assert check_quality_is_lost_in_decode_alone(METHOD, subject, config) == []
 
 
 def test_one_chunk_prefills_densely_and_decode_streams(subject):
@@ -109,6 +129,23 @@ def test_heads_see_what_the_rule_says(n_retrieval, cuts):
     rows = 2 * n_retrieval
     torch.testing.assert_close(out[:, :rows], full[:, :rows], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out[:, rows:], streaming[:, rows:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, WINDOW, WINDOW + 1])
+@pytest.mark.parametrize("cuts", [(45,), (5, 13, 30, 45)], ids=str)
+def test_chunks_about_as_small_as_the_window_see_what_the_rule_says(chunk_size, cuts):
+    tensors = qkv(queries=60, heads=4, kv_heads=2, head_dim=16)
+    config = replace(TIGHT, chunk_size=chunk_size)
+    layer, begin, parts = layer_of(config, 0), 0, []
+    for end in cuts:
+        parts.append(layer.prefill(0, part_of(tensors, begin, end, 45 - end)))
+        begin = end
+        held = layer.streaming.window.k.shape[2]
+        assert held == WINDOW and layer.streaming.held() <= WINDOW
+    layer.end_prefill()
+    parts += [layer.decode(part_of(tensors, t, t + 1)) for t in range(45, 60)]
+    expected = dense_under(*tensors, streaming_rule(config, 60, decoded_from=45))
+    torch.testing.assert_close(torch.cat(parts, dim=2), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_rows_beyond_one_call_see_the_same(monkeypatch):
@@ -265,6 +302,19 @@ def test_the_pool_has_a_limit(subject):
         logits(subject, prompts(1, 64), past_key_values=patch.make_cache())
         with pytest.raises(MissingResource, match="pool of 64 tokens, got 65"):
             logits(subject, prompts(1, 65), past_key_values=patch.make_cache())
+        cache = patch.make_cache()
+        logits(subject, prompts(1, 64), past_key_values=cache)
+        with pytest.raises(MissingResource, match="got 65 for one of 1 sequences; raise max_tok"):
+            logits(subject, prompts(1, 1), past_key_values=cache)
+        with pytest.raises(MissingResource, match="got 40 for one of 2 sequences"):
+            logits(subject, prompts(2, 40), past_key_values=patch.make_cache())
+
+
+def test_streaming_heads_take_nothing_of_the_pool(subject):
+    config = replace(TIGHT, max_tokens=1, sparsity=1.0)
+    with METHOD.apply(subject, config, None) as patch:
+        logits(subject, prompts(1, 65), past_key_values=patch.make_cache())
+        assert patch.stats()["kv_bytes"] == 3 * 2 * 4 * 2 * 16 * WINDOW
 
 
 # The order of the weights
@@ -373,6 +423,8 @@ def test_other_projections_are_refused(subject):
     ("options", "message"),
     [
         ({"sparsity": 1.5}, "sparsity must be in .0, 1., got 1.5"),
+        ({"sparsity": -0.1}, "sparsity must be in .0, 1., got -0.1"),
+        ({"sparsity": math.nan}, "sparsity must be in .0, 1., got nan"),
         ({"sink_size": -1}, "sink_size must be at least 0, got -1"),
         ({"recent_size": 0}, "recent_size must be at least 1, got 0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),

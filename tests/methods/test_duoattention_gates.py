@@ -45,7 +45,9 @@ def subject():
 def test_number_of_retrieval_heads(heads, sparsity, kept):
     gates = torch.rand(heads, 1, generator=torch.Generator().manual_seed(0))
     assert retrieval_count(heads, sparsity) == kept
+    given = gates.clone()
     split = split_heads(gates, DuoAttentionConfig(sparsity=sparsity))
+    assert torch.equal(gates, given)
     assert sum(map(sum, split.retrieval)) == kept
     if 0 < sparsity < 1:
         values = gates.flatten().double()
@@ -97,6 +99,11 @@ def test_published_patterns_survive_writing_and_reading(tmp_path, subject):
     config = DuoAttentionConfig(pattern=str(tmp_path / "made"))
     assert not METHOD.needs_artifact(config)
     assert choose_heads(subject.model, config, None).facts()["retrieval_heads"] == [1, 1, 1]
+    with METHOD.apply(subject, replace(config, sink_size=3, recent_size=5), None) as patch:
+        cache = patch.make_cache()
+        logits(subject, token_ids(1, 20), past_key_values=cache)
+        # The sizes beside the gates are those of their training, not of the cache.
+        assert {layer.streaming.window.size for layer in cache.held()} == {8}
     (tmp_path / "one.tsv").write_text("1.0e+00\t-2.5e-09\n")
     assert read_pattern(tmp_path / "one.tsv")[0].tolist() == [[1.0, 0.0]]
 

@@ -1,12 +1,20 @@
 """H2O: attention received, who is evicted, and the laws of its cache."""
 
+import itertools
+
 import pytest
 import torch
 
-from repro.kv_testing import LAWS, check_equals_dense, generate, prompts
+from repro.kv_testing import (
+    LAWS,
+    check_equals_dense,
+    check_quality_is_lost_in_decode_alone,
+    generate,
+    prompts,
+)
 from repro.methods.h2o import METHOD, H2OConfig, cache
 from repro.methods.h2o.cache import received_attention
-from repro.testing import tiny_subject
+from repro.testing import qkv, tiny_subject
 
 TIGHT = H2OConfig(heavy_size=6, recent_size=5)
 
@@ -19,6 +27,10 @@ def subject():
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, subject):
     assert law(METHOD, subject, TIGHT) == []
+
+
+def test_prefill_is_dense_and_decode_is_not(subject):
+    assert check_quality_is_lost_in_decode_alone(METHOD, subject, TIGHT) == []
 
 
 @pytest.mark.parametrize("heavy", [0, 26])
@@ -39,12 +51,15 @@ def test_received_attention_is_the_column_sum(monkeypatch):
 
 
 def played(q, k, v, prompt, config):
-    """The rule by hand for one KV head: yields the kept positions after every step, and outputs."""
+    """The rule by hand for one KV head: yields the positions of every step, and outputs.
+
+    ``q`` is ``[n_rep, T, D]``, ``k`` and ``v`` are ``[T, D]``.
+    """
     score = {}
-    weights = (q[:prompt] @ k[:prompt].T).masked_fill(
+    weights = (q[:, :prompt] @ k[:prompt].T).masked_fill(
         torch.ones(prompt, prompt, dtype=torch.bool).triu(1), -torch.inf
     )
-    for position, total in enumerate(weights.softmax(-1).sum(0)):
+    for position, total in enumerate(weights.softmax(-1).sum((0, 1))):
         score[position] = float(total)
 
     def evict(now):
@@ -57,28 +72,46 @@ def played(q, k, v, prompt, config):
     for now in range(prompt, len(k)):
         score[now] = 0.0
         places = sorted(score)
-        weights = (k[places] @ q[now]).softmax(0)
-        for position, weight in zip(places, weights, strict=True):
+        weights = (q[:, now] @ k[places].T).softmax(-1)
+        for position, weight in zip(places, weights.sum(0), strict=True):
             score[position] += float(weight)
         yield places, weights @ v[places]
         evict(now + 1)
 
 
-def test_evicts_as_by_hand():
-    random = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(40, 8, generator=random) for _ in range(3))
-    shape = cache.LayerShape(0, 1, 1, 1, 8, torch.float32, torch.device("cpu"))
-    layer = cache.H2OLayer(shape, TIGHT)
+@pytest.mark.parametrize("cuts", [(0, 20), (0, 3, 19, 20)], ids=str)
+def test_evicts_as_by_hand(cuts):
+    """Per KV head, whose query heads add up; sequences of other lengths are beside it."""
+    q, k, v = qkv(batch=2, heads=4, kv_heads=2, queries=40, head_dim=8, seed=3)
+    shape = cache.LayerShape(0, 2, 4, 2, 8, torch.float32, torch.device("cpu"))
+    layer, prompts = cache.H2OLayer(shape, TIGHT), (20, 7)
 
-    def new(part):
-        return cache.NewTokens(*(x[None, None, part] for x in (q, k, v)), 1.0)
+    def new(row, begin, end):
+        return cache.NewTokens(*(x[row : row + 1, :, begin:end] for x in (q, k, v)), 1.0)
 
-    layer.prefill(0, new(slice(0, 20)))
+    for begin, end in itertools.pairwise(cuts):
+        layer.prefill(0, new(0, begin, end))
+    layer.prefill(1, new(1, 0, prompts[1]))
     layer.end_prefill()
-    for now, (places, expected) in enumerate(played(q, k, v, 20, TIGHT), start=20):
-        held = layer._position[0, 0]
-        assert sorted(held[held >= 0].tolist() + [now]) == places
-        torch.testing.assert_close(layer.decode(new(slice(now, now + 1)))[0, 0, 0], expected)
+    games = [
+        [
+            played(q[row, 2 * head : 2 * head + 2], k[row, head], v[row, head], prompt, TIGHT)
+            for head in range(2)
+        ]
+        for row, prompt in enumerate(prompts)
+    ]
+    for step in range(20):
+        now = [prompt + step for prompt in prompts]
+        before = layer._position.clone()
+        parts = [new(row, place, place + 1) for row, place in enumerate(now)]
+        out = layer.decode(
+            cache.NewTokens(*(torch.cat([getattr(x, n) for x in parts]) for n in "qkv"), 1.0)
+        )
+        for row, head in itertools.product(range(2), range(2)):
+            places, expected = next(games[row][head])
+            held = before[row, head]
+            assert sorted(held[held >= 0].tolist() + [now[row]]) == places
+            torch.testing.assert_close(out[row, 2 * head : 2 * head + 2, 0], expected)
 
 
 def test_holds_a_constant_number_of_tokens(subject):

@@ -4,6 +4,13 @@ import pytest
 import torch
 
 from repro.kv_packed import Packing
+from repro.kv_testing import (
+    LAWS,
+    check_equals_dense,
+    check_quality_is_lost_in_decode_alone,
+    prompts,
+)
+from repro.methods import kvtuner
 from repro.methods.kivi import METHOD, KIVIConfig
 from repro.testing import tiny_subject, token_ids
 
@@ -25,6 +32,33 @@ def steps(subject, ids, patch=None):
             cache = out.past_key_values
             outs.append(out.logits)
     return torch.cat(outs, dim=1)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_law(law, bits, subject):
+    assert law(METHOD, subject, KIVIConfig(bits=bits, **SMALL)) == []
+
+
+def test_prefill_is_dense_and_decode_is_not(subject):
+    config = KIVIConfig(bits=2, **SMALL)
+    assert check_quality_is_lost_in_decode_alone(METHOD, subject, config) == []
+
+
+@pytest.mark.parametrize("config", [KIVIConfig(bits=2, residual=64), KIVIConfig(bits=16)], ids=str)
+def test_a_residual_or_bits_for_everything_are_dense(subject, config):
+    assert check_equals_dense(METHOD, subject, config, prompts(2, 40)) == []
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_is_the_uniform_table_of_kvtuner_to_the_bit(subject, bits):
+    ids = token_ids(2, 60)
+    config = kvtuner.KVTunerConfig(mode="kivi", k_bits=bits, v_bits=bits, **SMALL)
+    with METHOD.apply(subject, KIVIConfig(bits=bits, **SMALL), None) as patch:
+        ours, ours_held = steps(subject, ids, patch), patch.stats()["kv_bytes"]
+    with kvtuner.METHOD.apply(subject, config, None) as patch:
+        theirs, theirs_held = steps(subject, ids, patch), patch.stats()["kv_bytes"]
+    assert torch.equal(ours, theirs) and ours_held == theirs_held
 
 
 def test_sixteen_bits_are_dense_and_two_are_not(subject):

@@ -1,5 +1,6 @@
 """KVTuner: tables, sensitivity, pruning, groups, search, and the patch of a model."""
 
+import importlib
 import itertools
 import json
 import math
@@ -12,9 +13,10 @@ import yaml
 from repro import calibration, claims, manifest, subjects
 from repro.errors import MissingResource, UnsupportedCombination
 from repro.kv_packed import Packing
+from repro.kv_testing import LAWS, check_equals_dense, check_quality_is_lost_in_decode_alone
 from repro.method import Artifact
 from repro.methods.kvtuner import METHOD, KVTunerConfig
-from repro.methods.kvtuner.cache import table_of
+from repro.methods.kvtuner.cache import packed_cache, table_of
 from repro.methods.kvtuner.search import (
     Journal,
     Space,
@@ -38,7 +40,7 @@ from repro.methods.kvtuner.tables import (
     uniform_table,
 )
 from repro.plan import make_plan
-from repro.testing import qkv, tiny_subject, token_ids
+from repro.testing import byte_tokenizer, qkv, tiny_subject, token_ids
 
 SMALL = {"group_size": 8, "residual": 16}
 MODES = pytest.mark.parametrize("mode", ["per_token", "kivi"])
@@ -186,6 +188,20 @@ def test_errors_of_a_layer_depend_on_that_layer_alone(subject):
     torch.testing.assert_close(whole.o, (halves[0].o + halves[1].o) / 2)
 
 
+def test_errors_of_a_layer_do_not_change_with_later_layers_and_do_with_its_own():
+    packing, ids = Packing(k_bits=16, v_bits=16), token_ids(1, 50)
+    before = profile(tiny_subject(layers=3, head_dim=32).model, [ids], packing)
+    made = tiny_subject(layers=3, head_dim=32)
+    with torch.no_grad():
+        made.model.model.layers[1].self_attn.k_proj.weight[5] *= 30
+    after = profile(made.model, [ids], packing)
+    for name in ("k", "v", "a", "o", "pooled"):
+        found, expected = getattr(after, name), getattr(before, name)
+        assert torch.equal(found[0], expected[0])
+    assert (after.k[1] > before.k[1]).all() and torch.equal(after.v[1], before.v[1])
+    assert (after.o[1] != before.o[1]).all()
+
+
 # ---- pruning and groups
 
 
@@ -206,7 +222,11 @@ def test_survivors_are_an_antichain_and_beat_all_others(seed):
             or (sum(other) == sum(pair) and errors[other] == errors[pair])
             for other in kept
         )
-    assert (2, 2) in kept and ((8, 8) in kept or min(errors.values()) < errors[8, 8] + 1e-9)
+    assert (2, 2) in kept
+    others = [error for pair, error in errors.items() if pair != (8, 8)]
+    assert ((8, 8) in kept) == (errors[8, 8] < min(others))
+    assert (8, 8) in surviving_pairs({**errors, (8, 8): min(others) - 0.01})
+    assert (8, 8) not in surviving_pairs({**errors, (8, 8): min(others)})
 
 
 def test_best_of_equal_bits_survives_and_a_dominated_pair_changes_nothing():
@@ -331,6 +351,27 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
 # ---- the patch of a model
 
 
+MIXED = ((2, 4), (8, 2), (4, 4))
+
+
+@MODES
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_law(law, mode, subject):
+    assert law(METHOD, subject, KVTunerConfig(mode=mode, pairs=MIXED, **SMALL)) == []
+
+
+@MODES
+def test_prefill_is_dense_and_decode_is_not(subject, mode):
+    config = KVTunerConfig(mode=mode, pairs=MIXED, **SMALL)
+    assert check_quality_is_lost_in_decode_alone(METHOD, subject, config) == []
+
+
+@MODES
+def test_sixteen_bits_continue_as_dense(subject, mode):
+    config = KVTunerConfig(mode=mode, k_bits=16, v_bits=16, **SMALL)
+    assert check_equals_dense(METHOD, subject, config, token_ids(2, 40)) == []
+
+
 @MODES
 def test_a_constant_table_is_the_uniform_one_to_the_bit(subject, mode):
     ids = token_ids(1, 60)
@@ -394,7 +435,12 @@ def test_an_artifact_of_another_mode_or_none_is_refused(subject):
     made = {"mode": "kivi", "group_size": 32, "residual": 32, "table": [[4, 2]] * 3}
     config = KVTunerConfig(mode="kivi")
     assert table_of(subject, config, Artifact(metadata=made)) == ((4, 2),) * 3
-    for other in (KVTunerConfig(), KVTunerConfig(mode="kivi", residual=64)):
+    assert table_of(subject, KVTunerConfig(), Artifact(metadata=made | {"mode": "per_token"}))
+    for other in (
+        KVTunerConfig(),
+        KVTunerConfig(mode="kivi", residual=64),
+        KVTunerConfig(mode="kivi", group_size=16),
+    ):
         with pytest.raises(MissingResource, match="the artifact must be made with"):
             table_of(subject, other, Artifact(metadata=made))
     with pytest.raises(MissingResource, match="needs an artifact"):
@@ -410,6 +456,9 @@ def test_an_artifact_of_another_mode_or_none_is_refused(subject):
         ({"residual": 40}, "residual must be a positive multiple of group_size 32, got 40"),
         ({"pairs": ((4, 3),)}, "pairs must be one pair of"),
         ({"pairs": ()}, "pairs must be one pair of"),
+        ({"pairs": ((4, 4, 4),)}, "pairs must be one pair of"),
+        ({"k_bits": 3, "v_bits": 4}, "k_bits must be one of .2, 4, 8, 16., got 3"),
+        ({"k_bits": 4, "v_bits": 32}, "v_bits must be one of .2, 4, 8, 16., got 32"),
         ({"k_bits": 4}, "v_bits must be given with k_bits"),
         ({"k_bits": 4, "v_bits": 2, "pairs": ((4, 4),)}, "given without pairs and k_bits"),
         ({"preset": "llama-3.1-8b-instruct-kivi-3.2"}, "did you mean llama-3.1-8b-instruct-kivi"),
@@ -460,6 +509,48 @@ def test_calibration_finds_a_table_and_keeps_all_of_the_search(tmp_path, pruning
         with torch.no_grad():
             retriever.model(data[0], past_key_values=patch.make_cache())
         assert patch.stats()["bits"] == found["average_bits"]
+
+
+def test_a_killed_calibration_goes_on_and_asks_no_table_twice(tmp_path, monkeypatch):
+    subject = tiny_subject(layers=3, head_dim=32)
+    subject.tokenizer = byte_tokenizer()
+    config = KVTunerConfig(trials=12, samples=1, sample_length=2048, pruning=False, max_bits=5.0)
+    data, asked, limits = [token_ids(1, 40)], [], [10_000]
+
+    def forced_cache(*arguments, force_quantized):
+        assert force_quantized  # trials attend to what is read back in prefill, too
+        return packed_cache(*arguments, force_quantized=force_quantized)
+
+    def accuracy(subject, questions, make_cache):
+        if len(asked) == limits[-1]:
+            raise KeyboardInterrupt
+        asked.append(table := [layer.packing for layer in held(subject, make_cache())])
+        return 1 - sum(2.0**-p.k_bits + 2.0**-p.v_bits for p in table) / 10
+
+    def held(subject, cache):
+        with torch.no_grad():
+            subject.model(token_ids(1, 2), past_key_values=cache)
+        return cache.held()
+
+    module = importlib.import_module("repro.methods.kvtuner.calibrate")
+    monkeypatch.setattr(module, "packed_cache", forced_cache)
+    monkeypatch.setattr(module, "accuracy", accuracy)
+    whole = METHOD.calibrate(subject, config, data)
+    tables, asked[:] = len(asked), []
+    assert tables == 1 + len(whole.metadata["trials"]) > 8  # 16 bits, too, are asked
+    for limit in (0, 1, 5):
+        limits.append(limit)
+        with pytest.raises(KeyboardInterrupt):
+            METHOD.calibrate(subject, config, data, workdir=tmp_path)
+    limits.append(10_000)
+    resumed = METHOD.calibrate(subject, config, data, workdir=tmp_path)
+    assert resumed.metadata == whole.metadata
+    assert len(asked) == tables and all(asked.count(table) == 1 for table in asked)
+    for name, values in whole.tensors.items():
+        assert torch.equal(resumed.tensors[name], values), name
+    losses = {table: loss for table, _, loss in whole.metadata["trials"]}
+    dense = whole.metadata["accuracy_unquantized"]
+    assert whole.metadata["accuracy"] == pytest.approx(dense - losses[whole.metadata["table"]])
 
 
 # ---- claims and manifest

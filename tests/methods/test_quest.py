@@ -1,12 +1,21 @@
 """Quest: bounds of pages, which are read, and the laws of its cache."""
 
+import itertools
+
 import pytest
 import torch
 
-from repro.kv_testing import LAWS, check_equals_dense, generate, prompts
+from repro.kv_cache import LayerShape, NewTokens
+from repro.kv_testing import (
+    LAWS,
+    check_equals_dense,
+    check_quality_is_lost_in_decode_alone,
+    generate,
+    prompts,
+)
 from repro.methods.quest import METHOD, QuestConfig
-from repro.methods.quest.cache import page_bounds
-from repro.testing import tiny_subject
+from repro.methods.quest.cache import QuestLayer, page_bounds
+from repro.testing import qkv, tiny_subject
 
 TIGHT = QuestConfig(budget=12, page_size=4, dense_layers=0)
 
@@ -28,6 +37,47 @@ def test_law(law, subject):
 )
 def test_reading_everything_is_dense(subject, config):
     assert check_equals_dense(METHOD, subject, config, prompts(2, 40)) == []
+
+
+def test_prefill_is_dense_and_decode_is_not(subject):
+    assert check_quality_is_lost_in_decode_alone(METHOD, subject, TIGHT) == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "page_size", "pages"), [(1024, 16, 64), (100, 16, 6), (8, 16, 3), (12, 4, 3)]
+)
+def test_a_budget_is_whole_pages_and_at_least_three(budget, page_size, pages):
+    assert QuestConfig(budget=budget, page_size=page_size).pages == pages
+
+
+def top_pages(q, k, count):
+    """The pages of four tokens that query heads ``[n_rep, D]`` read of the keys ``[T, D]``."""
+    bounds = []
+    for part in k.split(4):
+        low, high = part.amin(0), part.amax(0)
+        bounds.append(max(float(torch.maximum(own * low, own * high).sum()) for own in q))
+    bounds[-1] = torch.inf  # the page in progress
+    return sorted(range(len(bounds)), key=lambda page: -bounds[page])[:count]
+
+
+def test_decode_attends_to_the_top_pages_alone():
+    """Per KV head; sequences of other lengths are beside it."""
+    lengths = (43, 22)
+    q, k, v = qkv(batch=2, heads=4, kv_heads=2, queries=60, head_dim=16)
+    layer = QuestLayer(LayerShape(0, 2, 4, 2, 16, torch.float32, torch.device("cpu")), TIGHT)
+    for row, length in enumerate(lengths):
+        prompt = (x[row : row + 1, :, :length] for x in (q, k, v))
+        layer.prefill(row, NewTokens(*prompt, 0.25))
+    layer.end_prefill()
+    for step in range(10):
+        now = [length + step for length in lengths]
+        out = layer.decode(NewTokens(*(x[range(2), :, now][:, :, None] for x in (q, k, v)), 0.25))
+        for (row, place), head in itertools.product(enumerate(now), range(4)):
+            heads, keys = slice(head // 2 * 2, head // 2 * 2 + 2), k[row, head // 2, : place + 1]
+            pages = top_pages(q[row, heads, place], keys, 3)
+            read = [token for token in range(place + 1) if token // 4 in pages]
+            weights = (keys[read] @ q[row, head, place] * 0.25).softmax(0)
+            torch.testing.assert_close(out[row, head, 0], weights @ v[row, head // 2, read])
 
 
 def test_no_key_of_a_page_is_above_its_bound():
@@ -76,7 +126,7 @@ def test_density_counts_the_tokens_read(subject):
     assert stats["decode_density"] == pytest.approx((2 * 4 + 2) / 42)
 
 
-@pytest.mark.parametrize("name", ["budget", "page_size"])
-def test_bad_option_is_named(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        QuestConfig(**{name: 0})
+@pytest.mark.parametrize(("name", "least"), [("budget", 1), ("page_size", 1), ("dense_layers", 0)])
+def test_bad_option_is_named(name, least):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {least - 1}"):
+        QuestConfig(**{name: least - 1})

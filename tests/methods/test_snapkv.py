@@ -1,12 +1,21 @@
 """SnapKV: which tokens of a prompt stay, and the laws of its cache."""
 
+import itertools
+
 import pytest
 import torch
 
-from repro.kv_testing import LAWS, check_equals_dense, generate, prompts
+from repro.kv_cache import LayerShape, NewTokens
+from repro.kv_testing import (
+    LAWS,
+    check_equals_dense,
+    check_quality_is_lost_in_decode_alone,
+    generate,
+    prompts,
+)
 from repro.methods.snapkv import METHOD, SnapKVConfig
-from repro.methods.snapkv.cache import kept_tokens
-from repro.testing import tiny_subject
+from repro.methods.snapkv.cache import SnapKVLayer, kept_tokens
+from repro.testing import qkv, tiny_subject
 
 TIGHT = SnapKVConfig(capacity=16, window_size=4, kernel_size=3)
 
@@ -19,6 +28,10 @@ def subject():
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, subject):
     assert law(METHOD, subject, TIGHT) == []
+
+
+def test_prefill_is_dense_and_decode_is_not(subject):
+    assert check_quality_is_lost_in_decode_alone(METHOD, subject, TIGHT) == []
 
 
 def test_a_prompt_within_the_capacity_is_kept_whole(subject):
@@ -67,6 +80,29 @@ def test_keeps_what_the_definition_keeps(pooling, group_reduce):
     k = torch.randn(2, 60, 16, generator=random, dtype=torch.float64)
     found = kept_tokens(q[None].float(), k[None].float(), 16**-0.5, config)
     assert found.tolist() == definition(q, k, config)
+
+
+@pytest.mark.parametrize("cuts", [(0, 50), (0, 20, 48, 50)], ids=str)
+def test_decode_attends_to_what_is_kept_the_window_and_new_tokens(cuts):
+    config = SnapKVConfig(capacity=12, window_size=4, kernel_size=1)
+    q, k, v = qkv(batch=2, heads=4, kv_heads=2, queries=60, head_dim=16)
+    layer = SnapKVLayer(LayerShape(0, 2, 4, 2, 16, torch.float32, torch.device("cpu")), config)
+
+    def new(rows, begin, end):
+        return NewTokens(*(x[rows, :, begin:end] for x in (q, k, v)), 16**-0.5)
+
+    for row in range(2):
+        for begin, end in itertools.pairwise(cuts):
+            layer.prefill(row, new(slice(row, row + 1), begin, end))
+    layer.end_prefill()
+    kept = [definition(q[row, :, 46:50], k[row, :, :50], config) for row in range(2)]
+    for now in range(50, 60):
+        out = layer.decode(new(slice(None), now, now + 1))
+        for row, head in itertools.product(range(2), range(4)):
+            places = [*kept[row][head // 2], *range(46, now + 1)]
+            keys, values = (x[row, head // 2, places] for x in (k, v))
+            weights = (keys @ q[row, head, now] / 4).softmax(0)
+            torch.testing.assert_close(out[row, head, 0], weights @ values)
 
 
 def test_max_pooling_keeps_the_neighbours_of_a_peak():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from repro.errors import UnsupportedCombination
 from repro.kv_cache import LayerShape, NewTokens
@@ -77,6 +78,36 @@ def test_turning_is_the_rotation_of_the_model(subject):
     found = turned(x, places, frequencies(subject.model))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(turned(found, -places, frequencies(subject.model)), x)
+
+
+SCALED = {
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 512},
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_turning_follows_the_scaled_positions_of_a_model(kind, monkeypatch):
+    """The angles are the model's own, not those of its base and a factor."""
+    made = tiny_subject(positions=2048)
+    settings = made.model.config
+    settings.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, **SCALED[kind]}
+    plain, scaled = made.model.model.rotary_emb, LlamaRotaryEmbedding(settings)
+    monkeypatch.setattr(made.model.model, "rotary_emb", scaled)
+    x = torch.randn(1, 2, 5, 32, generator=torch.Generator().manual_seed(0))
+    here, there = (apply_rotary_pos_emb(x, x, *scaled(x, p[None]))[0] for p in PLACES)
+    found = turned(here, PLACES[1] - PLACES[0], frequencies(made.model))
+    torch.testing.assert_close(found, there, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(scaled.inv_freq, plain.inv_freq)
+
+
+PLACES = (torch.arange(3, 8), torch.tensor([3, 90, 700, 701, 1500]))
 
 
 def test_size_is_constant_and_counted(subject):

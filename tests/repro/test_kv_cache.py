@@ -213,6 +213,42 @@ def attend(model, k, v):
     return attention(model.model.layers[0].self_attn, q, k, v, None)
 
 
+def other_batch_in_the_prompt(model, patch):
+    cache = patch.make_cache(prompt_length=9)
+    model(tokens(2, 5), past_key_values=cache)
+    model(tokens(1, 4), past_key_values=cache)
+
+
+def other_batch_filled(model, patch):
+    cache = patch.make_cache()
+    for batch in (2, 3):
+        cache.fill(0, *(torch.zeros(batch, 2, 5, 32) for _ in range(2)))
+
+
+def other_batch_generated(model, patch):
+    cache = patch.make_cache()
+    generate(model, tokens(2, 5), past_key_values=cache)
+    generate(model, tokens(3, 12), past_key_values=cache)
+
+
+def shorter_prompt_generated(model, patch):
+    cache = patch.make_cache()
+    generate(model, tokens(1, 12), past_key_values=cache)
+    generate(model, tokens(1, 5), past_key_values=cache)
+
+
+def fewer_tokens(model, patch):
+    cache = patch.make_cache()
+    model(tokens(1, 5), past_key_values=cache)
+    cache.crop(3)
+
+
+def short_mask(model, patch):
+    cache = patch.make_cache()
+    model(tokens(1, 5), past_key_values=cache)
+    model(tokens(1, 1), attention_mask=torch.ones(1, 3).long(), past_key_values=cache)
+
+
 def beams(model, patch):
     patch.make_cache().reorder_cache(torch.tensor([0]))
 
@@ -221,6 +257,11 @@ def beams(model, patch):
     ("call", "message"),
     [
         (other_batch, "the batch must be the 2 sequences that the cache holds, got 3"),
+        (other_batch_in_the_prompt, "must be the 2 sequences that the cache holds, got 1"),
+        (other_batch_filled, "must be the 2 sequences that the cache holds, got 3"),
+        (other_batch_generated, "must be the 2 sequences that the cache holds, got 3"),
+        (fewer_tokens, "tokens cannot be taken back"),
+        (short_mask, "must cover the 6 tokens so far, got 3"),
         (two_tokens_after_the_prompt, "must come one by one, got 2; make the cache with"),
         (another_cache, "must be run with the cache of the patch"),
         (right_padding, "padding must lie on the left"),
@@ -228,6 +269,7 @@ def beams(model, patch):
         (keys_changed_behind_the_cache, "as the cache returned them"),
         (values_of_another_width, r"of the shape of keys, got \[1, 2, 5, 8\] and"),
         (heads_of_an_odd_size, "head_dim must be a multiple of 8 up to 256, got 12"),
+        (shorter_prompt_generated, "a pass must bring new tokens, got none"),
         (beams, "beam search"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -103,10 +103,11 @@ def test_residual_rule(residual):
 
 
 @BOTH
-def test_prefill_attends_to_exact_keys_unless_forced(packing):
-    new = tokens(70)
+@pytest.mark.parametrize("length", [64, 70])  # a multiple of the residual, and not
+def test_prefill_attends_to_exact_keys_unless_forced(packing, length):
+    new = tokens(length)
     exact = make_layer(packing).prefill(0, new)
-    mask = torch.ones(70, 70, dtype=torch.bool).tril()
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
     k, v = (x.repeat_interleave(2, dim=1) for x in (new.k, new.v))
     dense = torch.nn.functional.scaled_dot_product_attention(
         new.q, k, v, attn_mask=mask, scale=new.scale
@@ -197,6 +198,28 @@ def test_error_is_at_most_half_a_step_and_rounding_twice_is_rounding_once(mode, 
     again = packing.rounded(keys, values)
     torch.testing.assert_close(again[0], keys)
     torch.testing.assert_close(again[1], values)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_value_changes_its_own_group_alone(bits):
+    """Keys of ``kivi`` share a channel and consecutive tokens, all else channels of one token."""
+    new = tokens(64)
+    for mode, k_group, v_group in (
+        ("kivi", (slice(16, 24), slice(5, 6)), (slice(19, 20), slice(0, 8))),
+        ("per_token", (slice(19, 20), slice(0, 32)), (slice(19, 20), slice(0, 32))),
+    ):
+        packing = Packing(k_bits=bits, v_bits=bits, mode=mode, group_size=8, residual=16)
+        before = packing.rounded(new.k, new.v)
+        k, v = new.k.clone(), new.v.clone()
+        k[0, 1, 19, 5] = v[0, 1, 19, 5] = 1e4
+        for read, old, (rows, channels) in zip(
+            packing.rounded(k, v), before, (k_group, v_group), strict=True
+        ):
+            same = read == old
+            # Beside it all others of the group are its minimum.
+            assert len(read[0, 1, rows, channels].unique()) == 2
+            same[0, 1, rows, channels] = True
+            assert same.all()
 
 
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
