@@ -144,11 +144,6 @@ def is_ok(record: Record) -> bool:
     return record.get("status") == "ok"
 
 
-def is_cut(record: Record) -> bool:
-    """Tell whether a cell ended early (``repro.settle``): it has no score of its own."""
-    return bool(record.get("settled"))
-
-
 def paired_scores(first: Record, second: Record) -> tuple[Array, Array] | None:
     """Return the scores of the items that both records hold, in the first's order."""
     ours, theirs = first["items"], second["items"]

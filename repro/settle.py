@@ -27,19 +27,19 @@ them together fail with probability ``FAILURE``. This rests on numpy's multinomi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 from scipy import stats
 from scipy.special import logsumexp
 
-from repro import claims, evidence, statistics, verdict
+from repro import evidence, statistics, verdict
 from repro.claims import Claim, Query
 from repro.evidence import Evidence, Record
-from repro.measurements import ItemStore, Scoring
 from repro.statistics import Array, Interval
+from repro.store import is_cut
 from repro.verdict import Verdict
 
 FAILURE = 1e-12
@@ -91,18 +91,13 @@ def members(claim: Claim, records: Evidence) -> list[Record]:
     return [record for record in records.records if id(record) in chosen]
 
 
-def unknown(record: Record) -> int:
-    """Return how many items of a record have no score."""
-    return list((record.get("settled") or {}).get("scores") or ()).count(None)
-
-
 def completed(records: Iterable[Record], score: Callable[[Record], float]) -> Evidence:
     """Return the records with a score for every item that has none."""
     return Evidence([_complete(record, score(record)) for record in records])
 
 
 def _complete(record: Record, score: float) -> Record:
-    if not evidence.is_cut(record):
+    if not is_cut(record):
         return record
     part = record["settled"]
     scores = [score if known is None else known for known in part["scores"]]
@@ -115,34 +110,48 @@ def decide(claim: Claim, records: Evidence) -> Verdict | None:
     ``too few items`` and the like are no answer of the items and decide nothing.
     """
     query = claim.query
-    if query is None or not is_of_scores(claim):
+    if query is None:
         return None
-    exact = verdict.exact_of(query, verdict.related_to(query, records))
-    judged = {id(record) for record in exact}
-    if not exact or any(_is_compared_with_itself(query, record) for record in exact):
-        return None
-    worlds = [
-        completed(records.records, lambda r, end=end: end if id(r) in judged else 1.0 - end)
-        for end in (0.0, 1.0)
-    ]
-    place = {id(record): index for index, record in enumerate(records.records)}
-    variants: dict[evidence.Variant, list[int]] = {}
-    for record in exact:
-        variants.setdefault(evidence.variant_of(record), []).append(place[id(record)])
-    found: dict[str, list[Spans]] = {}
-    for places in variants.values():
-        ends = [(world, [world.records[index] for index in places]) for world in worlds]
-        spans = _spans(query, verdict.thresholds(claim), ends)
+    found: dict[str, list[Span]] = {}
+    lowest: Evidence | None = None
+    for low, high in _configurations(claim, records):
+        spans = _spans(query, verdict.thresholds(claim), low, high)
         if spans is None or not spans.avoid(verdict.thresholds(claim)):
             return None
         point = Interval(spans.value[0], spans.low[0], spans.high[0], 0)
-        found.setdefault(verdict.compare(claim, point)[0], []).append(spans)
+        found.setdefault(verdict.compare(claim, point)[0], []).append(spans.value)
+        lowest = low.world
+    if lowest is None:
+        return None
     # Everything that is no number of the interval is the same in all completions.
-    said = verdict.judge(claim, worlds[0])
+    said = verdict.judge(claim, lowest)
     if set(found) != {said.verdict}:
         return None
-    low, high = (pick(s.value[i] for s in found[said.verdict]) for i, pick in ((0, min), (1, max)))
-    return replace(said, measured=None, possible=(low, high))
+    lows, highs = zip(*found[said.verdict], strict=True)
+    return replace(said, measured=None, possible=(min(lows), max(highs)))
+
+
+def can_be_decided(claim: Claim, now: Evidence, then: Evidence) -> bool:
+    """Tell whether an open claim may be decided by what is unknown now and known then.
+
+    The point is linear in the items: what is unknown then leaves it a range whose length does not
+    depend on where it lies. There must be room for it between two thresholds.
+    """
+    query = claim.query
+    if query is None:
+        return False
+    reaches, rests = (
+        [_value(query, low, high) for low, high in _configurations(claim, records)]
+        for records in (now, then)
+    )
+    for reach, rest in zip(reaches, rests, strict=True):
+        if reach is None or rest is None:
+            return False
+        inside = [t for t in verdict.thresholds(claim) if reach[0] < t < reach[1]]
+        room = max(b - a for a, b in pairwise(sorted((*reach, *inside))))
+        if rest[1] - rest[0] > room + ROUNDING:
+            return False
+    return bool(reaches)
 
 
 def judge(claim: Claim, records: Evidence) -> Verdict:
@@ -150,7 +159,7 @@ def judge(claim: Claim, records: Evidence) -> Verdict:
     plain = verdict.judge(claim, records)
     entering = members(claim, completed(records.records, lambda record: 0.0))
     keys = {record["key"] for record in entering}
-    cut = [r for r in records.records if evidence.is_cut(r) and r["key"] in keys]
+    cut = [r for r in records.records if is_cut(r) and r["key"] in keys]
     if not cut:
         return plain
     asked, of = (sum(record["settled"][name] for record in cut) for name in ("asked", "of"))
@@ -160,6 +169,41 @@ def judge(claim: Claim, records: Evidence) -> Verdict:
         remedy = "run again without --budget to finish them"
         return replace(plain, verdict=verdict.NOT_RUN, reason=f"{told}; {remedy}", measured=None)
     return replace(settled, reason=f"settled early: no outcome of the others changes it; {told}")
+
+
+@dataclass(frozen=True)
+class _End:
+    """One of the two extreme completions, and the judged cells of one configuration in it."""
+
+    world: Evidence
+    cells: list[Record]
+
+
+def _configurations(claim: Claim, records: Evidence) -> list[tuple[_End, _End]]:
+    """Return the lowest and the highest completion for every configuration that a claim judges."""
+    query = claim.query
+    if query is None or not is_of_scores(claim):
+        return []
+    exact = verdict.exact_of(query, verdict.related_to(query, records))
+    if any(_is_compared_with_itself(query, record) for record in exact):
+        return []
+    judged = {id(record) for record in exact}
+
+    def end(score: float) -> Evidence:
+        return completed(records.records, lambda r: score if id(r) in judged else 1.0 - score)
+
+    low, high = end(0.0), end(1.0)
+    variants: dict[evidence.Variant, list[int]] = {}
+    for place, record in enumerate(records.records):
+        if id(record) in judged:
+            variants.setdefault(evidence.variant_of(record), []).append(place)
+    return [
+        (
+            _End(low, [low.records[place] for place in places]),
+            _End(high, [high.records[place] for place in places]),
+        )
+        for places in variants.values()
+    ]
 
 
 def _is_compared_with_itself(query: Query, record: Record) -> bool:
@@ -172,35 +216,38 @@ def _is_compared_with_itself(query: Query, record: Record) -> bool:
 # Where the numbers of an interval can lie
 
 
-def _spans(
-    query: Query, thresholds: Sequence[float], ends: Sequence[tuple[Evidence, list[Record]]]
-) -> Spans | None:
-    """Return the spans of one configuration; None if there is no number, or the point decides."""
-    numbers = [_numbers(query, world, cells) for world, cells in ends]
-    if any(not found for found in numbers):
+def _value(query: Query, low: _End, high: _End) -> Span | None:
+    """Return where the point can lie, None if there is no number."""
+    found = [_numbers(query, end) for end in (low, high)]
+    if not all(found):
         return None
-    low, high = numbers
-    points = [100 * float(np.mean([part.mean() for part in end])) for end in numbers]
-    value = points[0], points[1]
-    if not Spans(value, value, value).avoid(thresholds):
+    first, last = (100 * float(np.mean([part.mean() for part in parts])) for parts in found)
+    return first, last
+
+
+def _spans(query: Query, thresholds: Sequence[float], low: _End, high: _End) -> Spans | None:
+    """Return the spans of one configuration; None if there is no number, or the point decides."""
+    value = _value(query, low, high)
+    if value is None or not Spans(value, value, value).avoid(thresholds):
         return None  # a bootstrap less
+    lowest, highest = _numbers(query, low), _numbers(query, high)
     if query.compare == "minus_control":
-        return _crossed(low[0], high[0], value)
+        return _crossed(lowest[0], highest[0], value)
     if query.compare == "minus_dense":
-        return _stratified(low, high, value)
-    return _means(low, value)
+        return _stratified(lowest, highest, value)
+    return _means(lowest, value)
 
 
-def _numbers(query: Query, world: Evidence, cells: Sequence[Record]) -> list[Array]:
+def _numbers(query: Query, end: _End) -> list[Array]:
     """Return the scores or differences of a completion, a stratum each, or one table by draws."""
     if query.compare == "minus_control":
-        table = world.minus_control(cells, query.control)
+        table = end.world.minus_control(end.cells, query.control)
         return [] if table is None else [table]
     if query.compare == "minus_dense":
-        pairs = world.pairs(cells)
-        return [after - before for before, after in pairs] if len(pairs) == len(cells) else []
-    scored = all(evidence.is_ok(record) and evidence.has_scores(record) for record in cells)
-    return [evidence.scores_of(record) for record in cells] if scored else []
+        pairs = end.world.pairs(end.cells)
+        return [after - before for before, after in pairs] if len(pairs) == len(end.cells) else []
+    scored = all(evidence.is_ok(record) and evidence.has_scores(record) for record in end.cells)
+    return [evidence.scores_of(record) for record in end.cells] if scored else []
 
 
 def _means(scores: Sequence[Array], value: Span) -> Spans:
