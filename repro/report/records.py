@@ -19,7 +19,13 @@ from repro.store import RunStore
 
 Record = dict[str, Any]
 #: Places in a record whose values are the same for many records.
-_SHARED_PLACES = (("environment",), ("items", "keys"), ("items", "depth"), ("items", "length"))
+_SHARED_PLACES = (
+    ("environment",),
+    ("items", "keys"),
+    ("items", "depth"),
+    ("items", "length"),
+    ("settled", "keys"),
+)
 
 
 def gather(slug: str, *, runs: Path, results: Path) -> list[Record]:
