@@ -279,16 +279,17 @@ def _stratified(low: Sequence[Array], high: Sequence[Array], value: Span) -> Spa
     # R * KL(a, p) >= R * a * (log(a / p) - 1), which is to be the logarithm of counts / FAILURE.
     counts = uncertain * np.log(2) - np.log(FAILURE)
     log_p = float(np.log(TAIL) - 1 - counts / resamples)
-    bottom, top = _quantile_above(low, log_p), -_quantile_above([-part for part in high], log_p)
-    found = [Interval(bottom, bottom, top, 0), Interval(top, bottom, top, 0)]
+    ends = [_quantile_above(low, log_p), -_quantile_above([-part for part in high], log_p)]
     if all(a.max() <= b.min() for a, b in zip(low, high, strict=True)):
-        for pick in ([a.max() for a in low], [b.min() for b in high]):
-            flat = [np.full(part.size, c) for part, c in zip(low, pick, strict=True)]
-            pairs = [(np.zeros(part.size), part) for part in flat]
-            found.append(statistics.stratified_difference(pairs))
-    spans = _hull(value, [interval.scaled(100) for interval in found])
-    # Either end may lie anywhere between the outer bounds.
-    outer = spans.low[0], spans.high[1]
+        for constants in ([a.max() for a in low], [b.min() for b in high]):
+            pairs = [
+                (np.zeros(part.size), np.full(part.size, constant))
+                for part, constant in zip(low, constants, strict=True)
+            ]
+            flat = statistics.stratified_difference(pairs)
+            ends += [flat.low, flat.high]
+    # Either end may lie anywhere between the outermost.
+    outer = 100 * min(ends), 100 * max(ends)
     return Spans(value, outer, outer)
 
 

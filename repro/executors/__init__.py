@@ -84,6 +84,7 @@ class Session:
     _oom_lengths: dict[tuple[str, str], int] = field(default_factory=dict)
     _speed: list[tuple[float, float]] = field(default_factory=list)
     _machines: set[str] = field(default_factory=set)
+    _stakes: dict[str, Stakes] = field(default_factory=dict)
     _first_failure: str = ""
 
     @property
@@ -124,12 +125,6 @@ class Session:
     def _place(self) -> dict[str, int]:
         return {planned.key: place for place, planned in enumerate(self._order)}
 
-    @cached_property
-    def _stakes(self) -> Stakes:
-        from repro.early import Stakes
-
-        return Stakes(self.plan, self._order, self.environment)
-
     def finished(self, planned: PlannedCell, machine: str) -> dict[str, Any] | None:
         """Return the record that makes a cell needless on a machine, or None.
 
@@ -139,19 +134,28 @@ class Session:
         ended = record is not None and is_cut(record) and self.allowance is None
         return None if ended else record
 
-    def handed_out(self, planned: PlannedCell, machine: str) -> PlannedCell:
+    def handed_out(self, planned: PlannedCell, environment: dict[str, Any]) -> PlannedCell:
         """Return a cell as its worker gets it: under a budget with what may end it early."""
-        if not self._may_end_early(machine):
-            return planned
-        return replace(planned, stake=self._stakes.of(planned, self.records))
+        stakes = self._stakes_on(environment)
+        return (
+            planned if stakes is None else replace(planned, stake=stakes.of(planned, self.records))
+        )
 
-    def must_wait(self, planned: PlannedCell, machine: str) -> bool:
+    def must_wait(self, planned: PlannedCell, environment: dict[str, Any]) -> bool:
         """Tell whether a cell that runs elsewhere may decide when this one ends."""
-        return self._may_end_early(machine) and self._stakes.awaits(planned, self.records)
+        stakes = self._stakes_on(environment)
+        return stakes is not None and stakes.awaits(planned, self.records)
 
-    def _may_end_early(self, machine: str) -> bool:
-        # What several machines have is judged apart.
-        return self.allowance is not None and {machine} == {self.machine, *self._machines}
+    def _stakes_on(self, environment: dict[str, Any]) -> Stakes | None:
+        machine = environment_key(environment)
+        # What several machines have is judged apart, and each has a part of it.
+        if self.allowance is None or not self._machines <= {machine}:
+            return None
+        if machine not in self._stakes:
+            from repro.early import Stakes
+
+            self._stakes[machine] = Stakes(self.plan, self._order, environment)
+        return self._stakes[machine]
 
     def _missing(self, planned: PlannedCell) -> str | None:
         missing = self.plan.missing

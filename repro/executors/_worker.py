@@ -60,7 +60,7 @@ class Worker:
             self.call = self.actor.ready.remote(self.session.plan.device)
             return
         while (planned := self.pool.queue.take(self.subject)) is not None:
-            if self.session.must_wait(planned, self.machine):
+            if self.session.must_wait(planned, self.environment):
                 self.pool.queue.put_back(planned)
                 return
             if self._known(planned) or self.session.settled_without_running(
@@ -81,7 +81,7 @@ class Worker:
         self._began = self.asked = time.monotonic()
         self.question = None  # what it answers is of the cell before
         items = None if self.shared else self._items(planned)
-        handed = self.session.handed_out(planned, self.machine)
+        handed = self.session.handed_out(planned, self.environment or {})
         self.call = self.actor.run.remote(handed.to_json(), items)
 
     def collect(self) -> None:

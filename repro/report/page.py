@@ -140,17 +140,7 @@ def _machine(name: str, records: list[Record], profile: str, images: bool) -> Ma
 
 def _cell(record: Record) -> dict[str, Any]:
     """Return what the JSON page keeps of a cell; its items stay in the committed records."""
-    kept = (
-        "key",
-        "cell",
-        "status",
-        "message",
-        "metrics",
-        "patch",
-        "explanation",
-        "settled",
-        "seconds",
-    )
+    kept = ("key", "cell", "status", "message", "metrics", "patch", "explanation", "seconds")
     cell = {name: record[name] for name in kept if record.get(name) is not None}
     return {**cell, "environment": evidence.environment_of(record)}
 
