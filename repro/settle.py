@@ -263,11 +263,18 @@ def _means(scores: Sequence[Array], value: Span) -> Spans:
 
 
 def _crossed(low: Array, high: Array, value: Span) -> Spans:
-    found = [statistics.crossed_interval(table) for table in (low, high)]
+    found = [_resampled(low), _resampled(high)]
     if low.max() <= high.min():
         constants = (low.max(), high.min())
         found += [statistics.crossed_interval(np.full(low.shape, c)) for c in constants]
     return _hull(value, [interval.scaled(100) for interval in found])
+
+
+def _resampled(table: Array) -> Interval:
+    """Return the bootstrap's interval, of width zero where nothing varies: others come near it."""
+    if np.ptp(table) == 0:
+        return Interval(table.flat[0], table.flat[0], table.flat[0], table.size)
+    return statistics.crossed_interval(table)
 
 
 def _stratified(low: Sequence[Array], high: Sequence[Array], value: Span) -> Spans:
