@@ -236,7 +236,7 @@ def test_a_second_run_with_the_budget_asks_nothing(run, asked):
 def test_killed_and_resumed_equals_undisturbed(run, plugins, tmp_path, again):
     if again == "ray":
         pytest.importorskip("ray")
-    options = {"marker": str(tmp_path / "marker"), "control": '"0100"'}
+    options = {"marker": str(tmp_path / "marker"), "control": '"0111"'}
     (tmp_path / "marker").touch()
     undisturbed = run("other", **options)
     assert undisturbed[2]["settled"]["asked"] > 8

@@ -120,3 +120,26 @@ def test_what_is_decided_is_the_verdict_of_every_completion(compare):
         low, high = found.possible
         assert low == pytest.approx(min(values)) and high == pytest.approx(max(values)), seed
     assert decided >= 15
+
+
+def test_what_can_not_be_decided_is_decided_by_no_outcome():
+    """A cell need not wait for another one that settles nothing for it, however it ends."""
+    refused = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        cells = campaign("minus_control", rng)
+        asked = claim_near("minus_control", cells, rng)
+        (now,) = (index for index, record in enumerate(cells) if "settled" in record)
+        whole = [index for index in range(len(cells)) if index != now]
+        later = int(rng.choice(whole))
+        size = len(cells[later]["items"]["keys"])
+        cells[later] = cut(cells[later], rng.choice(size, size // 2, replace=False).tolist())
+        known = next(completions([cells[now]])).records[0]
+        then = [known if index == now else record for index, record in enumerate(cells)]
+        if settle.can_be_decided(asked, Evidence(cells), Evidence(then)):
+            continue
+        refused += 1
+        for world in completions([cells[now]]):
+            ended = [world.records[0] if i == now else record for i, record in enumerate(cells)]
+            assert settle.decide(asked, Evidence(ended)) is None, seed
+    assert refused >= 5
