@@ -125,7 +125,7 @@ def test_what_is_decided_is_the_verdict_of_every_completion(compare):
 def test_what_can_not_be_decided_is_decided_by_no_outcome():
     """A cell need not wait for another one that settles nothing for it, however it ends."""
     refused = 0
-    for seed in range(60):
+    for seed in range(120):
         rng = np.random.default_rng(seed)
         cells = campaign("minus_control", rng)
         asked = claim_near("minus_control", cells, rng)
