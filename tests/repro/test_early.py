@@ -233,9 +233,10 @@ def test_a_second_run_with_the_budget_asks_nothing(run, asked):
 
 @pytest.mark.skipif(os.name != "posix", reason="a process is killed by signal")
 @pytest.mark.parametrize("again", ["inline", "ray"])
-def test_killed_and_resumed_equals_undisturbed(run, plugins, tmp_path, again):
+def test_killed_and_resumed_equals_undisturbed(run, plugins, tmp_path, monkeypatch, again):
     if again == "ray":
         pytest.importorskip("ray")
+        monkeypatch.setenv("PYTHONPATH", plugins.environment["PYTHONPATH"])
     options = {"marker": str(tmp_path / "marker"), "control": '"0111"'}
     (tmp_path / "marker").touch()
     undisturbed = run("other", **options)
