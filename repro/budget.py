@@ -17,7 +17,7 @@ from pathlib import Path
 from repro.errors import BadInput, Fault
 from repro.keys import canonical_json, digest
 from repro.plan import Plan, PlannedCell
-from repro.store import RunStore, write_atomically
+from repro.store import RunStore, is_cut, write_atomically
 
 SUFFIX = ".subset"
 #: Items a cell that a subset may have; fewer say nothing.
@@ -171,7 +171,8 @@ def pace_of(store: RunStore, plan: Plan, machine: str) -> float:
     taken = estimated = 0.0
     for planned in plan.cells:
         record = store.cell(planned.key, machine).read_record()
-        if record is not None and record["status"] == "ok" and planned.estimate_seconds > 0:
+        whole = record is not None and record["status"] == "ok" and not is_cut(record)
+        if record is not None and whole and planned.estimate_seconds > 0:
             taken += record.get("seconds", 0.0) - record.get("load_seconds", 0.0)
             estimated += planned.estimate_seconds
     return taken / estimated if taken > 0 and estimated > 0 else 1.0

@@ -181,6 +181,12 @@ class Claim:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**found, "query": self.query.model_dump(mode="json") if self.query else None}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Claim:
+        """Return the claim of ``as_json``."""
+        query = data["query"]
+        return cls(**{**data, "query": None if query is None else Query.model_validate(query)})
+
 
 @dataclass(frozen=True)
 class Paper:

@@ -109,7 +109,8 @@ def run(
         str | None,
         typer.Option(
             help="Time to spend, such as 10m or 2gpu-h: every cell asks as many items as fit, and "
-            "the run says which difference these can show."
+            "the run says which difference these can show. A cell ends early when no outcome of "
+            "its other items could change a verdict."
         ),
     ] = None,
     only: Annotated[

@@ -38,7 +38,7 @@ NOT_SOURCES = frozenset(
 # Folders whose direct children are units.
 UNIT_PACKAGES = ("repro.methods", "repro.kernels", "repro.measurements")
 # Files of a unit that no outcome depends on.
-IGNORED_FILES = frozenset({"bench.py", "compile_check.py", "paper.yaml"})
+IGNORED_FILES = frozenset({"bench.py", "compile_check.py", "early.py", "paper.yaml"})
 IGNORED_SUFFIXES = frozenset({".md", ".pyc", ".png", ".corrupt"})
 
 

@@ -39,6 +39,7 @@ class PlannedCell:
         artifact: What the calibration stage needs, None where there is none; ``id`` is its key.
         items: How many items it asks, 0 where it has none.
         estimate_seconds: Rough seconds on 2 CPU cores.
+        stake: What a run with a budget tells its worker (``repro.early``), None elsewhere.
     """
 
     key: str
@@ -46,6 +47,7 @@ class PlannedCell:
     artifact: dict[str, Any] | None = None
     items: int = 0
     estimate_seconds: float = 0.0
+    stake: dict[str, Any] | None = None
 
     @property
     def label(self) -> str:
@@ -58,6 +60,7 @@ class PlannedCell:
             "artifact": self.artifact,
             "items": self.items,
             "estimate_seconds": round(self.estimate_seconds, 1),
+            **({} if self.stake is None else {"stake": self.stake}),
         }
 
     @classmethod

@@ -216,7 +216,8 @@ def line_of(planned: PlannedCell, record: dict[str, Any]) -> str:
     if status != "ok":
         text = f"{status}: {record['message']}" if record.get("message") else status
     else:
-        text = ", ".join(_metric(name, value) for name, value in _shown_metrics(record)) or "ok"
+        text = ", ".join(_metric(name, value) for name, value in _shown_metrics(record))
+        text = text or record.get("message") or "ok"
     return f"{planned.label}: {text} ({duration(record.get('seconds') or 0.0)})"
 
 

@@ -63,7 +63,8 @@ def run(
         executor: ``auto``, ``inline`` or ``ray``.
         only: Keep the cells whose label holds this text or matches this shell pattern.
         budget: Time such as ``10m`` or ``2gpu-h``: every cell asks as many items as fit, the same
-            ones from the first run on; what does not fit all the same becomes ``not_run``.
+            ones from the first run on, and ends when no outcome of its other items could change a
+            verdict; what does not fit all the same becomes ``not_run``.
         fresh: Compute again what is done already; the old files are set aside.
         keep_going: Run the other cells after one that failed; else they become ``not_run``.
         implied: Do not try the longer cells of what ran out of memory.

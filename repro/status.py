@@ -82,7 +82,8 @@ class Journal:
                 none: dict[str, Any] = {"cells": 0, "items": 0, "seconds": 0.0}
                 worker = self._workers.setdefault(running["worker"], none)
                 worker["cells"] += 1
-                worker["items"] += len((record.get("items") or {}).get("keys") or ())
+                asked = (record.get("settled") or {}).get("asked")
+                worker["items"] += asked or len((record.get("items") or {}).get("keys") or ())
                 worker["seconds"] = round(worker["seconds"] + (record.get("seconds") or 0.0), 3)
 
     def message(self, text: str) -> None:

@@ -401,11 +401,12 @@ class RunStore:
         return None if record is None or record.get("status") in RETRIED else record
 
     def done(self, keys: Iterable[str]) -> set[str]:
-        """Return the cells that some machine has finished."""
+        """Return the cells that some machine has finished, to the last item."""
         found = set()
         for key in keys:
-            statuses = {(f.read_record() or {}).get("status", "not_run") for f in self.folders(key)}
-            if statuses - RETRIED:
+            records = [folder.read_record() or {} for folder in self.folders(key)]
+            whole = [record for record in records if not is_cut(record)]
+            if {record.get("status", "not_run") for record in whole} - RETRIED:
                 found.add(key)
         return found
 
@@ -505,6 +506,11 @@ def make_record(
         "metrics": {},
         **body,
     }
+
+
+def is_cut(record: Mapping[str, Any]) -> bool:
+    """Tell whether a cell ended early (``repro.settle``): it has no score of its own."""
+    return bool(record.get("settled"))
 
 
 def environment_key(environment: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ the negative margin. A ``strict`` claim asks the unfavourable end of the interva
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -59,6 +59,8 @@ class Verdict:
         reason: One short sentence.
         explanation: Arithmetic behind a latency verdict, "" for others.
         cells: Labels of the cells that it rests on.
+        possible: Where cells ended early, the lowest and highest number that their other items
+            could give, all of the same verdict; ``measured`` is then None.
         contradiction: True if the records of one model disagree with each other.
     """
 
@@ -70,6 +72,7 @@ class Verdict:
     profile: str = ""
     environment: str = ""
     cells: tuple[str, ...] = ()
+    possible: tuple[float, float] | None = None
     contradiction: bool = False
 
     @property
@@ -108,6 +111,7 @@ class Verdict:
             "note": claim.note,
             "needs": claim.needs,
             "measured": measured,
+            **({} if self.possible is None else {"possible": list(self.possible)}),
             "verdict": self.verdict,
             "reason": self.reason,
             "explanation": self.explanation,
@@ -123,11 +127,8 @@ def judge(claim: Claim, records: Evidence) -> Verdict:
     """Judge one claim against the records of one profile on one machine."""
     if claim.query is None:
         return Verdict(claim, NOT_RUN, f"needs {claim.needs}")
-    query = claim.query
-    cells = records.of(query.method, query.measurement)
-    defaults = _default_config(query.method)
-    related = [record for record in cells if _is_asked(query, record, defaults)]
-    exact = [record for record in related if not _differences(query, record)]
+    related = related_to(claim.query, records)
+    exact = exact_of(claim.query, related)
     if not exact:
         return _without_records(claim, related)
     labels = tuple(str(record["cell"].get("label", "")) for record in exact)
@@ -137,14 +138,20 @@ def judge(claim: Claim, records: Evidence) -> Verdict:
     return replace(found, environment=where, profile=profile)
 
 
-def judge_all(claims: Iterable[Claim], groups: Sequence[Evidence]) -> list[Verdict]:
+def judge_all(
+    claims: Iterable[Claim],
+    groups: Sequence[Evidence],
+    *,
+    by: Callable[[Claim, Evidence], Verdict] = judge,
+) -> list[Verdict]:
     """Judge every claim against every group; keep the best evidence of each machine.
 
-    A claim that no machine could judge appears once, with the verdict that says most.
+    A claim that no machine could judge appears once, with the verdict that says most. ``by`` judges
+    one claim against one group.
     """
     verdicts = []
     for claim in claims:
-        found = [judge(claim, group) for group in groups] or [judge(claim, Evidence([]))]
+        found = [by(claim, group) for group in groups] or [by(claim, Evidence([]))]
         best: dict[str, Verdict] = {}
         for verdict in found:
             known = best.get(verdict.environment)
@@ -169,6 +176,18 @@ def _default_config(slug: str) -> dict[str, Any]:
     """Return the configuration of the method as it is; no control, whatever the method."""
     known = default_values(registry.get(slug).config) if slug in registry.slugs() else {}
     return {"control": "none", **jsonable(known)}
+
+
+def related_to(query: Query, records: Evidence) -> list[Record]:
+    """Return the cells of the configuration that a query asks for, in any setting."""
+    defaults = _default_config(query.method)
+    cells = records.of(query.method, query.measurement)
+    return [record for record in cells if _is_asked(query, record, defaults)]
+
+
+def exact_of(query: Query, related: Iterable[Record]) -> list[Record]:
+    """Return those of the related cells that are of the asked setting, too."""
+    return [record for record in related if not _differences(query, record)]
 
 
 def _is_asked(query: Query, record: Record, defaults: Mapping[str, Any]) -> bool:
@@ -415,6 +434,23 @@ def compare(claim: Claim, measured: Interval) -> tuple[str, str]:
     if side:
         return NOT_REPRODUCED, f"the point lies on the other side of {neutral:g}"
     return REPRODUCED, f"{_distance(claim, measured.value)}, tolerance {slack:g}"
+
+
+def thresholds(claim: Claim) -> tuple[float, ...]:
+    """Return all numbers that ``compare`` holds an interval or its point against.
+
+    Between two of them nothing that ``compare`` asks changes its answer.
+    """
+    if claim.direction == "holds":
+        assert claim.margin is not None
+        return -claim.margin, 0.0
+    if claim.strict:
+        return (claim.value,)
+    slack = claim.points if claim.points is not None else claim.tolerance * abs(claim.value)
+    below, above = claim.value - slack, claim.value + slack
+    ends = {"at_least": (below,), "at_most": (above,), "equal": (below, above)}[claim.direction]
+    neutral = no_effect(claim)
+    return ends if neutral is None else (*ends, claim.value, neutral)
 
 
 def _distance(claim: Claim, value: float) -> str:

@@ -52,6 +52,17 @@ class CellTimeout(BaseException):
     """Raised inside a cell that took too long; no measurement can swallow it."""
 
 
+class Settled(BaseException):
+    """Raised inside a cell that may end early; no measurement can swallow it.
+
+    ``body`` is that of its record.
+    """
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        super().__init__(body["message"])
+        self.body = body
+
+
 class Worker:
     """Runs cells one after another and keeps the subject of the last one loaded.
 
@@ -108,6 +119,8 @@ class Worker:
                 body = self._measure(planned, folder, progress)
         except (MachineFault, KeyboardInterrupt):
             raise
+        except Settled as end:
+            body = end.body
         except (Exception, CellTimeout, SystemExit) as error:  # noqa: BLE001 - becomes a record
             status, message = classify(error)
             stack = _printable(traceback.format_exc())
@@ -181,6 +194,13 @@ class Worker:
                 cache=self.store.root / "cache",
                 progress=progress,
             )
+            scoring = measurements.early_scoring(measured["name"])
+            if planned.stake is not None and scoring is not None:
+                from repro.early import Watch
+
+                watch = Watch(planned, items, scoring(context))
+                context.items = watch
+                watch.look()
             body = dict(measurements.get(measured["name"]).run(context))
         figures = [] if artifact is None else artifact.metadata.get("figures", [])
         return body | ({"figures": figures} if figures else {})

@@ -11,15 +11,19 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from repro.budget import Allowance
 from repro.errors import BadInput, Fault, near_matches
 from repro.keys import canonical_json
 from repro.plan import Plan, PlannedCell
 from repro.progress import Listener
-from repro.store import FAILED, CellFolder, RunStore, environment_key, make_record, now
+from repro.store import FAILED, CellFolder, RunStore, environment_key, is_cut, make_record, now
+
+if TYPE_CHECKING:
+    from repro.early import Stakes
 
 
 def names() -> list[str]:
@@ -79,6 +83,8 @@ class Session:
     # (chain, machine) -> shortest length that ran out of memory
     _oom_lengths: dict[tuple[str, str], int] = field(default_factory=dict)
     _speed: list[tuple[float, float]] = field(default_factory=list)
+    _machines: set[str] = field(default_factory=set)
+    _stakes: dict[str, Stakes] = field(default_factory=dict)
     _first_failure: str = ""
 
     @property
@@ -97,7 +103,7 @@ class Session:
         for planned in self.selected:
             if self.fresh:
                 self.folder(planned).forget()
-            record = self.store.finished(planned.key, self.machine)
+            record = self.finished(planned, self.machine)
             if record is not None:
                 self._note(planned, record, cached=True)
             elif reason := self._missing(planned):
@@ -107,7 +113,49 @@ class Session:
                 self.settle(planned, "crashed", f"{died.splitlines()[0]}, in the last run")
             else:
                 waiting.append(planned)
-        return waiting if self.allowance is None else _most_informative_first(waiting)
+        return sorted(waiting, key=lambda planned: self._place[planned.key])
+
+    @cached_property
+    def _order(self) -> list[PlannedCell]:
+        """The cells in running order, the same one whatever is done already."""
+        cells = list(self.selected)
+        return cells if self.allowance is None else _most_informative_first(cells)
+
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        return {planned.key: place for place, planned in enumerate(self._order)}
+
+    def finished(self, planned: PlannedCell, machine: str) -> dict[str, Any] | None:
+        """Return the record that makes a cell needless on a machine, or None.
+
+        One that ended early is that under a budget alone.
+        """
+        record = self.store.finished(planned.key, machine)
+        ended = record is not None and is_cut(record) and self.allowance is None
+        return None if ended else record
+
+    def handed_out(self, planned: PlannedCell, environment: dict[str, Any]) -> PlannedCell:
+        """Return a cell as its worker gets it: under a budget with what may end it early."""
+        stakes = self._stakes_on(environment)
+        return (
+            planned if stakes is None else replace(planned, stake=stakes.of(planned, self.records))
+        )
+
+    def must_wait(self, planned: PlannedCell, environment: dict[str, Any]) -> bool:
+        """Tell whether a cell that runs elsewhere may decide when this one ends."""
+        stakes = self._stakes_on(environment)
+        return stakes is not None and stakes.awaits(planned, self.records)
+
+    def _stakes_on(self, environment: dict[str, Any]) -> Stakes | None:
+        machine = environment_key(environment)
+        # What several machines have is judged apart, and each has a part of it.
+        if self.allowance is None or not self._machines <= {machine}:
+            return None
+        if machine not in self._stakes:
+            from repro.early import Stakes
+
+            self._stakes[machine] = Stakes(self.plan, self._order, environment)
+        return self._stakes[machine]
 
     def _missing(self, planned: PlannedCell) -> str | None:
         missing = self.plan.missing
@@ -148,7 +196,7 @@ class Session:
     def finish(self, planned: PlannedCell, record: dict[str, Any]) -> None:
         """Take in the record of a cell that ran."""
         self.spent(planned, record.get("seconds", 0.0))
-        if record["status"] == "ok" and planned.estimate_seconds > 0:
+        if record["status"] == "ok" and planned.estimate_seconds > 0 and not is_cut(record):
             # A subject loads once for many cells: its time says nothing of the next cell's.
             seconds = record.get("seconds", 0.0) - record.get("load_seconds", 0.0)
             self._speed.append((seconds, planned.estimate_seconds))
@@ -207,6 +255,8 @@ class Session:
 
     def _note(self, planned: PlannedCell, record: dict[str, Any], *, cached: bool) -> None:
         self.records[planned.key] = record
+        if record.get("environment"):
+            self._machines.add(environment_key(record["environment"]))
         # What an earlier run has settled would end every later one.
         if record["status"] in FAILED and not cached and not self._first_failure:
             self._first_failure = f"{planned.label}: {record['status']}"

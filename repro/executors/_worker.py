@@ -60,6 +60,9 @@ class Worker:
             self.call = self.actor.ready.remote(self.session.plan.device)
             return
         while (planned := self.pool.queue.take(self.subject)) is not None:
+            if self.session.must_wait(planned, self.environment):
+                self.pool.queue.put_back(planned)
+                return
             if self._known(planned) or self.session.settled_without_running(
                 planned, environment=self.environment
             ):
@@ -78,7 +81,8 @@ class Worker:
         self._began = self.asked = time.monotonic()
         self.question = None  # what it answers is of the cell before
         items = None if self.shared else self._items(planned)
-        self.call = self.actor.run.remote(planned.to_json(), items)
+        handed = self.session.handed_out(planned, self.environment or {})
+        self.call = self.actor.run.remote(handed.to_json(), items)
 
     def collect(self) -> None:
         """Take in the outcome of the call that ended."""
@@ -194,7 +198,7 @@ class Worker:
             # It may run the cell still, out of reach; two must never be at one.
             self.ray.kill(self.actor, no_restart=False)
         folder = self.session.store.cell(planned.key, self.machine)
-        record = self.session.store.finished(planned.key, self.machine) if self.shared else None
+        record = self.session.finished(planned, self.machine) if self.shared else None
         if record is not None:  # it died on its way from the store to the driver
             self.session.finish(planned, record)
             self.pool.queue.release(planned)
@@ -224,7 +228,7 @@ class Worker:
             self.pool.forgotten.add(place)
             self.session.store.cell(*place).forget()
             return False
-        record = self.session.store.finished(*place)
+        record = self.session.finished(planned, self.machine)
         if record is not None:
             self.session.reuse(planned, record)
         return record is not None

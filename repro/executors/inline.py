@@ -32,7 +32,8 @@ def execute(session: Session) -> None:
             continue
         session.listener.started(planned, here)
         limit = _time_limit(session.plan.timeout_seconds)
-        record = worker.run(planned, session.listener.progress_of(planned), limit)
+        handed = session.handed_out(planned, session.environment)
+        record = worker.run(handed, session.listener.progress_of(planned), limit)
         session.finish(planned, record)
         if record["status"] in ("crashed", "timeout"):
             lost = not worker.healthy(planned.cell["device"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,33 @@ class Measurement:
     kinds: tuple[str, ...] = ("llm",)
     libraries: tuple[str, ...] = ()
     estimate_seconds: Callable[[Mapping[str, Any], SubjectInfo], float] = lambda options, info: 10.0
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the items of a cell score before it has ended.
+
+    Attributes:
+        keys: Of all its items, in the order of the record.
+        score: (key, stored value) -> the score that ``run`` gives the item, in [0, 1].
+    """
+
+    keys: Sequence[str]
+    score: Callable[[str, Mapping[str, Any]], float]
+
+
+def early_scoring(name: str) -> Callable[[CellContext], Scoring] | None:
+    """Return how a measurement scores items one by one, None if its cells cannot end early.
+
+    A package says that they can by a module ``early`` with a function ``scoring``: its items score
+    in [0, 1] each, weigh the same, and are all that claims read of a record. No outcome depends on
+    that module, so that it is no part of a cell's key.
+    """
+    get(name)
+    places = getattr(importlib.import_module(f"{__name__}.{name}"), "__path__", ())
+    if not any((Path(place) / "early.py").is_file() for place in places):
+        return None
+    return importlib.import_module(f"{__name__}.{name}.early").scoring
 
 
 def names() -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from repro import claims, registry
+from repro import claims, registry, settle
 from repro.errors import BadInput, Fault, near_matches
 from repro.evidence import Evidence
 from repro.report import index, kernels, page, records
@@ -112,7 +112,9 @@ def verify(
     for slug in chosen:
         paper = claims.for_method(slug)
         verdicts = judge_all(
-            paper.claims, _groups(records.gather(slug, runs=runs, results=results))
+            paper.claims,
+            _groups(records.gather(slug, runs=runs, results=results)),
+            by=settle.judge,
         )
         rows += [_row(slug, verdict) for verdict in verdicts]
     return rows

@@ -14,6 +14,7 @@ from repro.report import tables
 from repro.report.labels import Labels
 from repro.report.tables import Column, Row, Section, Table
 from repro.statistics import Interval
+from repro.store import is_cut
 
 #: Controls that every table has room for; what else a method has follows.
 CONTROLS = ("random", "oracle")
@@ -63,11 +64,11 @@ def task_of(record: Record) -> str:
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """Return the groups whose measurement gave per-item scores; failed cells go along."""
+    """Return the groups whose measurement gave per-item scores; cells without any go along."""
     scored = {
         (r["cell"]["subject"], r["cell"]["measurement"]["name"])
         for r in records
-        if evidence.is_ok(r) and evidence.has_scores(r)
+        if evidence.is_ok(r) and (evidence.has_scores(r) or is_cut(r))
     }
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -174,10 +175,15 @@ def _tasks(cells: Sequence[Record], good: Sequence[Record]) -> str:
     )
     text = f"{len(names)}{items}"
     if len(whole) < len(names):
-        failed = sorted({str(r["status"]) for r in cells if not _is_good(r)})
-        text = f"{len(whole)} of {text}: {', '.join(failed)}"
+        text = f"{len(whole)} of {text}: {_lacks(cells)}"
     draws = {evidence.draw_of(record) for record in good}
     return f"{text}, {len(draws)} draws" if len(draws) > 1 else text
+
+
+def _lacks(cells: Sequence[Record]) -> str:
+    """Return why some cells have no score."""
+    said = {"settled early" if is_cut(r) else str(r["status"]) for r in cells if not _is_good(r)}
+    return ", ".join(sorted(said))
 
 
 def _compared(pairs: Sequence[tuple[Any, Any]]) -> Row:
@@ -356,11 +362,11 @@ def _columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
 def _task_row(task: str, cells: Sequence[Record], records: Evidence) -> Row:
     good = _good(cells)
     row: Row = {"task": task}
-    dense = [d for r in cells if (d := records.dense_of(r)) and evidence.is_ok(d)]
+    dense = [d for r in cells if (d := records.dense_of(r)) and _is_good(d)]
     if dense:
         row["dense"] = tables.interval(evidence.mean_score(dense).scaled(100))
     if len(good) < len(cells):
-        row["status"] = ", ".join(sorted({str(r["status"]) for r in cells if not _is_good(r)}))
+        row["status"] = _lacks(cells)
     if not good:
         return row
     row["score"] = tables.interval(evidence.mean_score(good).scaled(100))

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from repro.report import page as pages
 from repro.report.page import Page
 from repro.report.tables import Column, Table
-from repro.verdict import REPRODUCED, Verdict
+from repro.verdict import Verdict
 
 _MAX_ROWS = 24
 _MAX_WIDTH = 60
@@ -59,7 +59,7 @@ def _proxies(verdicts: Sequence[Verdict]) -> Table:
                 "claimed": pages.bar(verdict),
                 "measured": pages.measured(verdict) or "-",
                 "verdict": verdict.verdict,
-                "why": "" if verdict.verdict == REPRODUCED else verdict.reason,
+                "why": verdict.reason if pages.needs_reason(verdict) else "",
             }
         )
     return Table("proxies", "Proxy claims", "", columns, rows)

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from repro import evidence
+from repro import evidence, settle
 from repro.claims import Paper
 from repro.evidence import Evidence
 from repro.report import accuracy, plots, scalars, tables
@@ -18,7 +18,7 @@ from repro.report.labels import Labels
 from repro.report.records import Record, by_machine
 from repro.report.tables import Column, Row, Section, Table
 from repro.statistics import as_json
-from repro.verdict import VERDICTS, Verdict, judge_all
+from repro.verdict import REPRODUCED, VERDICTS, Verdict, judge_all
 
 SCHEMA = 1
 
@@ -108,7 +108,7 @@ def build(paper: Paper, profile: str, records: Sequence[Record], *, images: bool
     """
     groups = by_machine(records)
     judged = [Evidence(members) for name, members in groups.items() if name]
-    verdicts = judge_all(paper.claims, judged)
+    verdicts = judge_all(paper.claims, judged, by=settle.judge)
     machines = [_machine(name, members, profile, images) for name, members in groups.items()]
     return Page(paper, profile, verdicts, machines, list(records))
 
@@ -123,6 +123,9 @@ def _machine(name: str, records: list[Record], profile: str, images: bool) -> Ma
         machine.sections += scalars.sections(records, labels, scored)
     if images and name and plots.calibrated(records):
         machine.sections.append(Section(plots.CALIBRATION))
+    early = scalars.ended_early(records)
+    if early.rows:
+        machine.sections.append(Section(early.title, [early]))
     failed = scalars.failures(records, labels)
     if failed.rows:
         machine.sections.append(Section("Cells without a result", [failed]))
@@ -189,16 +192,17 @@ def paper_table(verdicts: Sequence[Verdict]) -> Table:
     """Return the paper's claims, numbers of one row with the same outcome on one line."""
     lines: dict[tuple[str, ...], list[Verdict]] = {}
     for verdict in verdicts:
-        reason = verdict.reason if verdict.measured is None else ""
+        measures = verdict.measured is not None or verdict.possible is not None
+        reason = "" if measures else verdict.reason
         key = (verdict.claim.row, verdict.verdict, reason, verdict.environment)
         lines.setdefault(key, []).append(verdict)
     rows: list[Row] = []
     for members in lines.values():
         claim = members[0].claim
         what = claim.what if claim.confirmed else f"{claim.what} (unconfirmed)"
-        shown = _list([v for v in members if v.measured is not None], measured)
+        shown = _list([v for v in members if measured(v)], measured)
         why = "; ".join(dict.fromkeys(filter(None, map(_why, members))))
-        if members[0].measured is not None and members[0].environment:
+        if measured(members[0]) and members[0].environment:
             shown += f" on {members[0].environment}"
         rows.append(
             {
@@ -218,7 +222,7 @@ def paper_table(verdicts: Sequence[Verdict]) -> Table:
 
 
 def _why(verdict: Verdict) -> str:
-    at = f"{verdict.claim.at}: " if verdict.measured is not None and verdict.claim.at else ""
+    at = f"{verdict.claim.at}: " if measured(verdict) and verdict.claim.at else ""
     return at + "; ".join(filter(None, [verdict.reason, verdict.explanation]))
 
 
@@ -236,15 +240,32 @@ def bar(verdict: Verdict) -> str:
 
 
 def measured(verdict: Verdict) -> str:
-    """Return the measured number with its interval, "" if there is none."""
+    """Return the measured number with its interval, "" if there is none.
+
+    Where cells ended early it is where the number lies whatever their other items would give.
+    """
+    if verdict.possible is not None:
+        low, high = map(
+            tables.signed if _is_difference(verdict) else tables.points, verdict.possible
+        )
+        return f"{low} to {high} {verdict.claim.unit} (settled early)"
     if verdict.measured is None:
         return ""
     value = tables.interval(verdict.measured) or {}
     if verdict.claim.unit == "x":
         return tables.times(value)
-    if verdict.claim.direction == "holds" or verdict.claim.unit == "points":
+    if _is_difference(verdict):
         return tables.difference(value)
     return f"{tables.score(value)} {verdict.claim.unit}".rstrip()
+
+
+def needs_reason(verdict: Verdict) -> bool:
+    """Tell whether a verdict does not speak for itself."""
+    return verdict.verdict != REPRODUCED or verdict.possible is not None
+
+
+def _is_difference(verdict: Verdict) -> bool:
+    return verdict.claim.direction == "holds" or verdict.claim.unit == "points"
 
 
 def verdict_counts(verdicts: Iterable[Verdict]) -> dict[str, int]:

@@ -15,11 +15,17 @@ from typing import Any
 from repro import evidence
 from repro.errors import BadInput, Fault
 from repro.keys import canonical_json, digest
-from repro.store import RunStore
+from repro.store import RunStore, is_cut
 
 Record = dict[str, Any]
 #: Places in a record whose values are the same for many records.
-_SHARED_PLACES = (("environment",), ("items", "keys"), ("items", "depth"), ("items", "length"))
+_SHARED_PLACES = (
+    ("environment",),
+    ("items", "keys"),
+    ("items", "depth"),
+    ("items", "length"),
+    ("settled", "keys"),
+)
 
 
 def gather(slug: str, *, runs: Path, results: Path) -> list[Record]:
@@ -53,11 +59,21 @@ def merge(records: Iterable[Record]) -> list[Record]:
     for record in records:
         name = _identity(record)
         known = newest.get(name)
-        if known is None or str(record.get("created", "")) > str(known.get("created", "")):
+        if known is None or _supersedes(record, known):
             newest[name] = record
     found = _without_stale(list(newest.values()))
     done = {_identity(record, machine=False) for record in found if _machine(record)}
     return [r for r in found if _machine(r) or _identity(r, machine=False) not in done]
+
+
+def _supersedes(record: Record, known: Record) -> bool:
+    """Tell whether a record takes the place of another one of its cell.
+
+    The newer one does, but a cell that ended early never that of the same one asked to its end.
+    """
+    if record["key"] == known["key"] and is_cut(record) != is_cut(known):
+        return is_cut(known)
+    return str(record.get("created", "")) > str(known.get("created", ""))
 
 
 def _profile(record: Record) -> str:

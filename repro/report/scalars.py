@@ -11,6 +11,7 @@ from repro.keys import canonical_json
 from repro.report import tables
 from repro.report.labels import Labels
 from repro.report.tables import Column, Row, Section, Table
+from repro.store import is_cut
 
 #: Options that become columns; all others are constants of a table and stand in its title.
 _COLUMN_OPTIONS = ("length", "protocol")
@@ -179,6 +180,39 @@ def _scalar_tables(measurement: str, cells: Sequence[Record], labels: Labels) ->
     shown = [c for c in columns if c.key == "method" or any(r.get(c.key) for r in rows)]
     intro = "One row a cell; brackets are 95 % intervals."
     return [Table(measurement, measurement, intro, shown, rows)]
+
+
+# Cells that ended early
+
+_EARLY = (
+    Column("cell", "label", numeric=False),
+    Column("items asked", "asked", numeric=False),
+    Column("score lies in, %", "score", tables.between),
+    Column("settled", "verdicts", numeric=False),
+)
+
+
+def ended_early(records: Sequence[Record]) -> Table:
+    """Return the cells that a run with a budget did not ask to their end, and what they settled."""
+    rows: list[Row] = []
+    for record in filter(is_cut, records):
+        part = record["settled"]
+        known = sum(score for score in part["scores"] if score is not None)
+        ends = known / part["of"], (known + part["of"] - part["asked"]) / part["of"]
+        rows.append(
+            {
+                "label": record["cell"]["label"],
+                "asked": f"{part['asked']} of {part['of']}",
+                "score": [100 * end for end in ends],
+                "verdicts": ", ".join(f"{name}: {said}" for name, said in part["verdicts"].items()),
+            }
+        )
+    intro = (
+        "A run with a budget stopped these when no outcome of their other items could change the "
+        "verdict of a claim. They have no score of their own and are left out of means and plots; "
+        "a run without `--budget` finishes them."
+    )
+    return Table("ended_early", "Cells that ended early", intro, _EARLY, rows)
 
 
 # Cells without a result

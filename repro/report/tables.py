@@ -93,6 +93,11 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def between(value: Sequence[float]) -> str:
+    """Return ``48.0 to 84.0``."""
+    return f"{value[0]:.1f} to {value[1]:.1f}"
+
+
 def integer(value: float) -> str:
     return f"{int(value):,}"
 

@@ -9,7 +9,7 @@ from repro.claims import Paper, for_method
 from repro.errors import BadInput
 from repro.evidence import Evidence
 from repro.report import page, records
-from repro.report.testing import CONFIG, CPU, GPU, campaign, commit, store, timed
+from repro.report.testing import CONFIG, CPU, GPU, campaign, commit, scored, store, timed
 
 
 def test_a_cpu_report_keeps_the_rows_of_a_gpu(tmp_path):
@@ -104,3 +104,14 @@ def test_a_broken_committed_line_is_named(tmp_path, line):
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(BadInput, match=rf"{path.name}:3: the line must be a record"):
         report.write(["xattention"], runs=tmp_path / "none", results=tmp_path)
+
+
+def test_a_cell_that_ended_early_does_not_displace_the_whole_one():
+    whole = scored("vt", 4096, [1.0, 0.0])
+    part = {"asked": 1, "of": 2, "keys": whole["items"]["keys"], "scores": [1.0, None]}
+    kept = {name: value for name, value in whole.items() if name != "items"}
+    cut = {**kept, "settled": part | {"verdicts": {}}, "created": "2026-12-01T00:00:00+00:00"}
+    for found in ([whole, cut], [cut, whole]):
+        assert records.merge(found) == [whole]
+    # Of other sources it is another cell in the same place, and the newer one counts.
+    assert records.merge([whole, {**cut, "key": "other"}]) == [{**cut, "key": "other"}]
