@@ -194,16 +194,20 @@ class Worker:
                 cache=self.store.root / "cache",
                 progress=progress,
             )
-            scoring = measurements.early_scoring(measured["name"])
-            if planned.stake is not None and scoring is not None:
-                from repro.early import Watch
-
-                watch = Watch(planned, items, scoring(context))
-                context.items = watch
-                watch.look()
+            if planned.stake is not None:
+                self._watch(planned, context)
             body = dict(measurements.get(measured["name"]).run(context))
         figures = [] if artifact is None else artifact.metadata.get("figures", [])
         return body | ({"figures": figures} if figures else {})
+
+    def _watch(self, planned: PlannedCell, context: CellContext) -> None:
+        """Have every stored batch looked at: it may be the last that matters."""
+        from repro.early import Watch
+
+        scoring = measurements.early_scoring(planned.cell["measurement"]["name"])
+        if scoring is not None:
+            context.items = Watch(planned, context.items, scoring(context))
+            context.items.look()
 
     def _load(self, cell: Mapping[str, Any]) -> subjects.Subject:
         wanted = (cell["subject"], cell["device"], cell["dtype"])
