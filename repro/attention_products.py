@@ -1,18 +1,17 @@
-"""Attention of few queries to many keys on the CPU: two matrix products around an exponential."""
+"""Attention of few queries to many keys on the CPU: matrix products around an exponential."""
 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
-#: Most keys of a row whose scores are held at once: 2 MiB in bf16 for 128 queries.
-_SCORE_KEYS = 8192
-#: Keys from which a query's scores are guessed, at least; every 16th of a shorter row's ...
-_PROBES = 128
-#: ... and where its log-sum-exp is so far off, the guess missed the keys that matter.
-_FAR = 4.0
+from repro import serial_threads
+
+#: Most keys of a row whose scores are held at once: 4 MiB in bf16 for 128 queries.
+_SCORE_KEYS = 16384
+#: Largest score of a query that may be rounded as it is.
+_SMALL = 6.0
 
 
 def attend(
@@ -20,67 +19,67 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to all keys: output ``[g, Tq, D]`` in the dtype of ``q`` and fp32 lse ``[g, Tq]``.
 
-    The product of q and k is rounded to their dtype, so what is rounded is the score less a
-    reference: the mean score under the query's own weights, guessed from some keys. The scores that
-    matter are near 0 then, and so are their errors. A row whose guess turns out to be far off is
-    done again with scores in fp32. With ``diagonal``, query ``i`` sees the last ``Tq`` keys up to
-    the ``i``-th of them.
+    A product is rounded to the dtype of its operands, and an error of a score is one of the weight's
+    logarithm. Where scores are large, they are therefore computed twice: first to find the largest of
+    each query, then less that one, so that the scores that matter are near 0 and so are their errors.
+    With ``diagonal``, query ``i`` sees the last ``Tq`` keys up to the ``i``-th of them.
     """
-    hidden = _hidden(q.shape[1]) if diagonal else None
-    reference, guess = _guess(q, k, scale, hidden)
-    outs, totals = [], []
+    hidden = _hidden(q.shape[1]).to(q.dtype) if diagonal else None
     size = max(_SCORE_KEYS, q.shape[1])
-    # From the end: the first piece holds the diagonal whole.
-    for end in range(k.shape[1], 0, -size):
-        piece = slice(max(0, end - size), end)
-        weights = torch.baddbmm(-reference, q, k[:, piece].transpose(1, 2), alpha=scale)
-        if hidden is not None and end == k.shape[1]:
-            weights[..., -q.shape[1] :] += hidden.to(q.dtype)
-        weights.exp_()
-        outs.append(torch.bmm(weights, v[:, piece]).float())
-        totals.append(weights.float().sum(-1, keepdim=True))
-    total = functools.reduce(torch.add, totals)
-    lse = total.log() + reference.float()
-    out = (functools.reduce(torch.add, outs) / total).to(q.dtype)
-    far = ~((lse - guess).abs() < _FAR).flatten(1).all(dim=1)  # NaN is far, too
-    lse = lse[..., 0]
-    if bool(far.any()):
-        out[far], lse[far] = _in_fp32(q[far], k[far], v[far], scale, hidden)
-    return out, lse
+    # From the end: the first piece holds the diagonal whole, and a key that every query sees.
+    ends = range(k.shape[1], 0, -size)
+    found = [
+        _piece(q, k[:, begin:end], v[:, begin:end], scale, hidden if end == k.shape[1] else None)
+        for begin, end in ((max(0, end - size), end) for end in ends)
+    ]
+    out, total, reference = found[0]
+    for other, its_total, its_reference in found[1:]:
+        largest = torch.maximum(reference, its_reference)
+        share, its_share = (reference - largest).exp(), (its_reference - largest).exp()
+        out = out * share + other * its_share
+        total = total * share + its_total * its_share
+        reference = largest
+    return (out / total).to(q.dtype), (total.log() + reference)[..., 0]
 
 
-def _guess(
-    q: torch.Tensor, k: torch.Tensor, scale: float, hidden: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Guess each query's mean score, in the dtype of ``q``, and lse in fp32, ``[g, Tq, 1]`` both.
+def _piece(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    hidden: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return sums of weighted values ``[g, Tq, D]``, of weights and their reference, fp32.
 
-    The first key takes part and is visible to every query.
+    A weight is ``exp(score - reference)``; sums of weights and references are ``[g, Tq, 1]``.
     """
-    step = max(16, k.shape[1] // _PROBES)
-    scores = _scores(q.float(), k[:, ::step].float(), scale)
+    keys = k.transpose(1, 2)
+    reference = q.new_zeros(q.shape[0], q.shape[1], 1)
+    shape = (q.shape[0], q.shape[1], k.shape[1])
+    weights = serial_threads.scratch("attention weights", shape, q.dtype)
+    _scores(reference, q, keys, scale, hidden, weights)
+    largest = weights.amax(-1, keepdim=True)
+    large = (largest.abs() > _SMALL).flatten(1).any(dim=1)
+    if bool(large.any()):
+        reference = torch.where(large[:, None, None], largest, reference)
+        _scores(reference, q, keys, scale, hidden, weights)
+    weights.exp_()
+    total = weights.sum(-1, keepdim=True, dtype=torch.float32)
+    return torch.bmm(weights, v).float(), total, reference.float()
+
+
+def _scores(
+    reference: torch.Tensor,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    hidden: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Write the scores ``[g, Tq, Tk]`` less the references, rounded once."""
+    torch.baddbmm(-reference, q, keys, alpha=scale, out=out)
     if hidden is not None:
-        first = k.shape[1] - q.shape[1]
-        scores[..., -(-first // step) :] += hidden[:, -first % step :: step]
-    weights = scores.softmax(-1)
-    # weight = exp(score - lse); the largest one cannot underflow.
-    lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log() + math.log(step)
-    return weights.mul_(scores).sum(-1, keepdim=True).to(q.dtype), lse
-
-
-def _in_fp32(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what ``attend`` does with unrounded scores, in about twice the time."""
-    scores = _scores(q.float(), k.float(), scale)
-    if hidden is not None:
-        scores[..., -q.shape[1] :] += hidden
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp_().to(v.dtype)
-    return torch.bmm(weights, v), lse
-
-
-def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    return torch.bmm(q * scale, k.transpose(1, 2))
+        out[..., -hidden.shape[1] :] += hidden
 
 
 @functools.cache
@@ -92,10 +91,10 @@ def _hidden(size: int) -> torch.Tensor:
 
 @functools.cache
 def are_faster(dtype: torch.dtype) -> bool:
-    """Tell whether the two products outrun torch's flash kernel for few queries here.
+    """Tell whether the products outrun torch's flash kernel for few queries here.
 
-    That kernel cuts them into 32 rows; whole products of 128 rows are 1.3 (D = 64) to 1.7 times
-    (D = 128) as fast on AVX-512 with bf16, and those of 4 rows about three times. With AMX the
+    That kernel cuts them into 32 rows; whole products of 128 rows are faster on AVX-512 with bf16
+    (no slower where scores are large and computed twice), and those of 4 rows much. With AMX the
     kernel packs its tiles itself.
     """
     amx = torch.cpu._is_amx_tile_supported()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -31,6 +32,23 @@ def run(call: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
     if threads == 1 or len(tasks) < 2:
         return [quietly(task) for task in tasks]
     return list(workers(threads).map(quietly, tasks))
+
+
+_memory = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory that this thread keeps: what is allocated anew is faulted in page by page.
+
+    What was in it is lost at the next call with this name.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    held = getattr(_memory, name, None)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):
+            held = torch.empty(size, dtype=torch.uint8)
+        setattr(_memory, name, held)
+    return held[:size].view(dtype).view(shape)
 
 
 @functools.cache

@@ -13,8 +13,6 @@ and the output (for V) take instead.
 
 from __future__ import annotations
 
-import math
-import threading
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -150,7 +148,9 @@ def _take(pages: Pages, group: _Group, name: str) -> torch.Tensor:
     def taken(tensor: torch.Tensor, part: str) -> torch.Tensor:
         # Over 2-D rows of memory: several times faster than advanced indexing.
         memory = tensor.flatten(0, 1).flatten(1)
-        out = _scratch(name + part, (group.pages.numel(), memory.shape[1]), tensor.dtype)
+        out = serial_threads.scratch(
+            name + part, (group.pages.numel(), memory.shape[1]), tensor.dtype
+        )
         torch.index_select(memory, 0, group.pages.flatten(), out=out)
         return out.view(-1, *tensor.shape[2:])
 
@@ -163,26 +163,12 @@ def _take(pages: Pages, group: _Group, name: str) -> torch.Tensor:
     return values.view(len(group.rows), -1, pages.head_dim)[:, : group.tokens]
 
 
-_memory = threading.local()
-
-
-def _scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return memory that this thread keeps: what is allocated anew is faulted in page by page."""
-    size = math.prod(shape) * dtype.itemsize
-    held = getattr(_memory, name, None)
-    if held is None or held.numel() < size:
-        with torch.inference_mode(False):
-            held = torch.empty(size, dtype=torch.uint8)
-        setattr(_memory, name, held)
-    return held[:size].view(dtype).view(shape)
-
-
 def _unpacked(packed: torch.Tensor, bits: int, name: str) -> torch.Tensor:
     """Return codes ``[n, page_size, fields, bytes]`` fp32 of ``[n, page_size, bytes]``."""
     fields = 8 // bits
     shape = (*packed.shape[:2], fields, packed.shape[2])
-    values = _scratch(name + "values", shape, torch.float32)
-    codes = _scratch(name + "codes", packed.shape, torch.uint8)
+    values = serial_threads.scratch(name + "values", shape, torch.float32)
+    codes = serial_threads.scratch(name + "codes", packed.shape, torch.uint8)
     for field in range(fields):
         torch.bitwise_right_shift(packed, field * bits, out=codes)
         if field < fields - 1:
