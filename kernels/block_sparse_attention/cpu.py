@@ -2,7 +2,7 @@
 
 Every (batch, head, query block) is a *row*. Rows that keep equally many blocks form a group: their
 key blocks are gathered whole (``index_select`` of rows of memory, near memory bandwidth) and
-attended to with rows as the batch dimension, by two matrix products around a softmax or by torch's
+attended to with rows as the batch dimension, by matrix products around an exponential or by torch's
 flash kernel, whichever is faster here. Only the last block of a group may hide keys by causality
 (the products), or such blocks are a group of their own (the flash kernel, whose causal rule takes
 nothing else). What hides keys otherwise (padding, the end of the keys, unequal block sizes) goes to
