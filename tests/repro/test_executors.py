@@ -130,9 +130,10 @@ class TestInline:
         assert run(**parts).counts == {"crashed": 2, "cached": 4}
 
     def test_a_hanging_cell_times_out_and_the_others_run(self, run):
-        outcome = run(measurements="[{noop: {tasks: [hang, ok]}}]", timeout_minutes="0.01")
+        # Long enough for a cell that does nothing, on a busy machine, too.
+        outcome = run(measurements="[{noop: {tasks: [hang, ok]}}]", timeout_minutes="0.05")
         assert outcome.counts == {"timeout": 2, "ok": 2}
-        assert "took longer than 0.6 s" in outcome.records[0]["message"]
+        assert "took longer than 3 s" in outcome.records[0]["message"]
         assert outcome.exit_code == 0
 
     def test_a_time_limit_that_is_lost_once_comes_again(self, monkeypatch):
