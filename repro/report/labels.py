@@ -37,6 +37,8 @@ class Labels:
         for slug in {variant.slug for variant in self.order}:
             of_slug = {variant: shown[variant] for variant in self.order if variant.slug == slug}
             varying = _varying([self._configs[variant] for variant in of_slug])
+            if _told(varying, of_slug, self._configs)[0] < len(of_slug):  # labels say too little
+                of_slug = {variant: set(varying) for variant in of_slug}
             telling = _telling(varying, of_slug, self._configs)
             for variant, names in of_slug.items():
                 self._words[variant] = [name for name in telling if name in names]
@@ -88,16 +90,21 @@ def _telling(
     None is left without any, since a bare slug would read as all of them.
     """
 
-    def told(names: list[str]) -> tuple[int, int]:
-        words = [
-            (v.control, {n: configs[v].get(n) for n in names if n in own})
-            for v, own in shown.items()
-        ]
-        return len({json.dumps(each) for each in words}), sum(not fields for _, fields in words)
-
     telling = varying
     for name in reversed(varying):
         fewer = [other for other in telling if other != name]
-        if told(fewer) == told(telling):
+        if _told(fewer, shown, configs) == _told(telling, shown, configs):
             telling = fewer
     return telling
+
+
+def _told(
+    names: list[str],
+    shown: Mapping[Variant, set[str]],
+    configs: Mapping[Variant, Mapping[str, Any]],
+) -> tuple[int, int]:
+    """Return how many variants these fields tell apart, and how many they leave without any."""
+    words = [
+        (v.control, {n: configs[v].get(n) for n in names if n in own}) for v, own in shown.items()
+    ]
+    return len({json.dumps(each) for each in words}), sum(not fields for _, fields in words)
