@@ -89,7 +89,6 @@ def _telling(
 
     None is left without any, since a bare slug would read as all of them.
     """
-
     telling = varying
     for name in reversed(varying):
         fewer = [other for other in telling if other != name]
