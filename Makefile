@@ -42,7 +42,7 @@ bench: setup ## Time the kernels and the suite itself.
 	$(REPRO) bench
 
 test: setup ## Run the tests (minutes, no GPU, no network).
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup
 
 test-slow: setup ## Run the long tests too (training recipes).
 	$(VENV)/bin/python -m pytest -q -m 'slow or not slow'

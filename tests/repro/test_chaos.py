@@ -21,7 +21,10 @@ from tests.repro import toys
 from tests.repro.ray_cluster import Cluster, wait_for
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are killed by signal")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="processes are killed by signal"),
+    pytest.mark.xdist_group("cluster"),
+]
 
 ROUNDS = [
     pytest.param(seed, marks=[] if seed < 2 else pytest.mark.chaos, id=f"round{seed}")

@@ -18,6 +18,8 @@ from repro.progress import Quiet
 from repro.testing import comparable_records
 from repro.worker import CellTimeout
 
+pytestmark = pytest.mark.xdist_group("cluster")
+
 METHODS = ("dense", "fake")
 
 

@@ -14,6 +14,8 @@ from repro.errors import BadInput, MachineFault
 from repro.store import RunStore
 from tests.repro.job_logs import ITEMS, RECORD, harmed, lines_of_cell, write_cell
 
+pytestmark = pytest.mark.xdist_group("cluster")
+
 
 def test_an_address_where_nobody_answers(plugins, write_manifest):
     pytest.importorskip("ray")
