@@ -9,6 +9,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Before any kernel module is imported: the switch is read when a kernel is decorated.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run in several processes: a thread that spins while it waits takes a core from another.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
