@@ -152,11 +152,11 @@ class TestInline:
         real = store.CellFolder.write_record
 
         def slow(folder, record):
-            time.sleep(0.7)
+            time.sleep(3.3)
             real(folder, record)
 
         monkeypatch.setattr(store.CellFolder, "write_record", slow)
-        outcome = run(methods="[dense]", timeout_minutes="0.01")
+        outcome = run(methods="[dense]", timeout_minutes="0.05")
         assert outcome.counts == {"ok": 1}
 
     def test_a_flood_of_output_is_cut_and_kept_from_the_user(self, run, tmp_path, capfd):
